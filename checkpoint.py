@@ -1,0 +1,508 @@
+"""The model directory: its name, what lies in it, how it is saved and loaded.
+
+    python checkpoint.py list                          what is in models/
+    python checkpoint.py show | verify DIR             one model; every hash
+    python checkpoint.py deploy DIR DESTINATION        the best weights alone, for production
+    python checkpoint.py prune                         torn and superseded runs (deletes with --yes)
+
+`ckpt.pt` holds the best weights by validation loss and is self-contained; `last/state.pt` is what a run needs to go on
+exactly. `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and sha256.
+Only training_log.txt and metrics.jsonl, which grow between saves, are not in it.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+import files
+from model import GPT, GPTConfig
+
+WEIGHTS = "ckpt.pt"
+STATE = "last/state.pt"
+TOKENIZER = "tokenizer.json"
+MODEL_ARGS = "model_args.json"
+CONFIG = "config.json"
+CARD = "README.md"
+LOG = "training_log.txt"
+METRICS = "metrics.jsonl"
+PLOT = "loss.png"
+DEPLOYED = (WEIGHTS, MODEL_ARGS, CONFIG, TOKENIZER, CARD)
+
+SIZE_WORDS = ("tiny", "small", "base", "medium", "large")
+TRAINING_TYPES = ("pretrain", "lora", "ft", "merged", "merged-ft")
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """`{architecture}-{size}-{dataset}-{training_type}[-{version}]`, as models/README.md explains it.
+
+    `dataset` may have hyphens, and is `source-to-target` after fine-tuning. Raises ValueError for what does not fit.
+    """
+
+    architecture: str
+    size: str
+    dataset: str
+    training_type: str
+    version: str = ""
+
+    def __post_init__(self):
+        rules = {
+            "architecture": (r"[a-z][a-z0-9_.]*", "a lower-case word such as gpt"),
+            "size": (
+                rf"\d+(\.\d+)?[KMBT]|{'|'.join(SIZE_WORDS)}",
+                f"a count such as 38M or one of {', '.join(SIZE_WORDS)}",
+            ),
+            "dataset": (r"[a-z0-9_.]+(-[a-z0-9_.]+)*", "lower-case words joined by hyphens"),
+            "training_type": ("|".join(TRAINING_TYPES), f"one of {', '.join(TRAINING_TYPES)}"),
+            "version": (r"(v\d+(\.\d+)*|\d{8})?", "v1, v2, ... or a date such as 20231213"),
+        }
+        for part, (pattern, words) in rules.items():
+            if not re.fullmatch(pattern, getattr(self, part)):
+                raise ValueError(f"{part} {getattr(self, part)!r} of a model name must be {words}")
+        tokens = self.dataset.split("-")
+        if tokens.count("to") > 1 or tokens[0] == "to" or tokens[-1] == "to":
+            raise ValueError(f"dataset {self.dataset!r} of a model name must be NAME or SOURCE-to-TARGET")
+
+        if self.parse_parts(str(self)) != tuple(vars(self).values()):
+            raise ValueError(f"{self} would be read as another name: rename the dataset {self.dataset!r}")
+
+    @staticmethod
+    def parse_parts(name: str) -> tuple[str, ...]:
+        pattern = rf"([^-]+)-([^-]+)-(.+?)-({'|'.join(TRAINING_TYPES)})(?:-(v[\d.]+|\d{{8}}))?"
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            raise ValueError(
+                f"{name!r} is not {{architecture}}-{{size}}-{{dataset}}-{{training_type}}[-{{version}}] "
+                f"with a training type of {', '.join(TRAINING_TYPES)}"
+            )
+        return match.groups(default="")
+
+    @classmethod
+    def parse(cls, name: str) -> "ModelName":
+        return cls(*cls.parse_parts(name))
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.architecture, self.size, self.dataset, self.training_type, self.version)))
+
+    def fits(self, count: int) -> bool:
+        """Whether a model of `count` parameters may bear this name. A word such as `small` promises no count."""
+        return self.size in SIZE_WORDS or self.size == size_label(count)
+
+
+def size_label(count: int) -> str:
+    """A parameter count as people write it: 38M, 124M, 1.8M, 1.1B."""
+    for power, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        scaled = count / power
+        if scaled >= 0.9995:  # 999,600 is 1M, not 1000K
+            return (f"{scaled:.1f}".removesuffix(".0") if scaled < 9.95 else f"{scaled:.0f}") + unit
+    return f"{count / 1e3:.1f}K"
+
+
+class CheckpointManager:
+    """Saves and loads model directories. A path is the directory or its `ckpt.pt`.
+
+    Every problem a user can cause is a ValueError of one sentence (FileNotFoundError where there is nothing), and
+    nothing is ever unpickled beyond tensors and builtins.
+    """
+
+    @staticmethod
+    def save_checkpoint(
+        model: nn.Module,
+        directory: str | Path,
+        metadata: dict[str, Any],
+        *,
+        best: bool = True,
+        training_state: dict[str, Any] | None = None,
+        texts: dict[str, bytes] | None = None,
+    ) -> None:
+        """Save a GPT, all or nothing (files.commit).
+
+        `metadata` needs iter_num (int), best_val_loss (float, nats per token) and config (dict of builtins); what else
+        it holds (dataset, tokenizer, metrics) goes into export_meta.json. With `best`, the weights become ckpt.pt.
+        `training_state` (tensors and builtins) goes to last/state.pt with the weights. `texts` are further small files
+        by name. Raises files.SaveError when the disk refuses; what was saved before is then untouched.
+        """
+        directory, model = Path(directory), bare(model)
+        arguments = model_args(model.config)
+        common = {
+            "model": model.state_dict(),
+            "model_args": arguments,
+            "config": metadata["config"],
+            "iter_num": int(metadata["iter_num"]),
+            "best_val_loss": float(metadata["best_val_loss"]),
+        }
+        about = {
+            "format": "nanoforge-1",
+            "name": directory.resolve().name,
+            "parameters": model.num_params(),
+            "iter_num": common["iter_num"],
+            "best_val_loss": common["best_val_loss"],
+            **{key: value for key, value in metadata.items() if key not in common},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        small = {
+            MODEL_ARGS: _json(arguments),
+            CONFIG: _json(metadata["config"]),
+            CARD: model_card(about, arguments).encode(),
+            **(texts or {}),
+        }
+        writers = {name: _write_bytes(data) for name, data in small.items()}
+        if best:
+            writers[WEIGHTS] = lambda file: torch.save(common, file)
+        if training_state is not None:
+            writers[STATE] = lambda file: torch.save({**common, **training_state}, file)
+        files.commit(directory, writers, about)
+
+    @staticmethod
+    def load_model(
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        apply_lora: bool = False,
+        lora_config: dict[str, Any] | None = None,
+    ) -> tuple[GPT, dict[str, Any]]:
+        """The best weights of a directory, or of a nanoGPT ckpt.pt, as (model, metadata).
+
+        metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
+        """
+        directory, name = _locate(path)
+        checkpoint = _load(directory, name, device)
+        model = build_model(checkpoint, directory / name)
+        kept = ("model_args", "config", "iter_num", "best_val_loss")
+        metadata = {key: checkpoint.get(key) for key in kept}
+        return model, {**metadata, "directory": directory, "export_meta": files.read_marker(directory)}
+
+    @staticmethod
+    def load_model_for_inference(path: str | Path, device: str | torch.device = "cpu") -> GPT:
+        """The best weights, in eval mode."""
+        return CheckpointManager.load_model(path, device)[0].eval()
+
+    @staticmethod
+    def load_training_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+        """What `save_checkpoint` was given as training_state, with the weights as they were at that step."""
+        directory, _ = _locate(path)
+        return _load(directory, STATE, device)
+
+    @staticmethod
+    def verify(path: str | Path) -> list[str]:
+        """Every problem of a model directory: damaged or missing files, unreadable weights. Empty when it is sound."""
+        directory, _ = _locate(path)
+        marker = files.read_marker(directory)
+        if marker is None:
+            return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
+        problems = []
+        for name in marker["files"]:
+            try:
+                with files.open_verified(directory, name):
+                    pass
+            except ValueError as error:
+                problems.append(str(error))
+        if not problems:
+            try:
+                CheckpointManager.load_model(directory, "meta")
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+
+def bare(model: nn.Module) -> GPT:
+    """The GPT inside torch.compile's and DistributedDataParallel's wrappers, so that no saved name remembers them."""
+    while not isinstance(model, GPT):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def model_args(config: GPTConfig) -> dict[str, Any]:
+    """nanoGPT's seven keys, and any other field only where it differs from its default: nanoGPT refuses keys it does
+    not know, so a model it can run must not carry them."""
+    first_seven = [f.name for f in fields(GPTConfig)][:7]
+    defaults = GPTConfig()
+    values = asdict(config)
+    return {k: v for k, v in values.items() if k in first_seven or v != getattr(defaults, k)}
+
+
+def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
+    """A GPT that takes over the tensors of a checkpoint, uncopied. Raises ValueError for what does not fit."""
+    arguments = checkpoint["model_args"]
+    unknown = sorted(set(arguments) - {f.name for f in fields(GPTConfig)})
+    if unknown:
+        raise ValueError(f"{source} describes a model this version does not know: model_args has {', '.join(unknown)}")
+    state = {_plain_name(key): tensor for key, tensor in checkpoint["model"].items()}
+    # nanoGPT's first versions stored each layer's causal mask as a buffer.
+    state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**arguments))
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        _check_tied(state, source)
+    problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
+    problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} where the model has {tuple(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{source} does not hold the model its model_args describe: {shown}")
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
+    return model
+
+
+def _plain_name(key: str) -> str:
+    return key.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _check_tied(state: dict[str, Tensor], source: Path) -> None:
+    wte, head = state.get("transformer.wte.weight"), state.get("lm_head.weight")
+    if wte is None or head is None:
+        state.update({"lm_head.weight": wte} if head is None and wte is not None else {})
+    elif wte.device.type != "meta" and wte.shape == head.shape and not torch.equal(wte, head):
+        raise ValueError(f"{source} says that lm_head shares the token embedding, but its two tensors differ")
+
+
+def _locate(path: str | Path) -> tuple[Path, str]:
+    """(directory, file of weights) for a directory or a checkpoint file in it."""
+    path = Path(path).expanduser()
+    directory, name = (path.parent, path.name) if path.suffix == ".pt" and not path.is_dir() else (path, WEIGHTS)
+    if not directory.is_dir():
+        near = sorted(p.parent.name for p in directory.parent.glob(f"*/{WEIGHTS}"))
+        raise FileNotFoundError(
+            f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
+        )
+    return directory, name
+
+
+def _load(directory: Path, name: str, device: str | torch.device) -> dict[str, Any]:
+    """Read a checkpoint file: verified against the marker, or, where nothing here was written by us, as it is."""
+    marker = files.read_marker(directory)
+    if marker is None:
+        if status(directory) == "torn":
+            raise ValueError(f"{directory} is torn: it has files of a run but no {files.MARKER}")
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} holds no {name}")
+        with open(directory / name, "rb") as file:
+            return _unpickle(file, directory / name, device)
+    if name == STATE and name not in marker["files"]:
+        raise FileNotFoundError(f"{directory} holds no {STATE}: it can be loaded and fine-tuned, but not resumed")
+    with files.open_verified(directory, name) as file:
+        return _unpickle(file, directory / name, device)
+
+
+def _unpickle(file, path: Path, device: str | torch.device) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # torch has no common base for what a broken or hostile file raises
+        reason = (
+            "it would run code when opened, or is no checkpoint"
+            if "weights_only" in str(error).lower()
+            else "it is cut short or no checkpoint"
+        )
+        raise ValueError(f"{path} is refused: {reason} ({str(error).splitlines()[0][:120]})") from None
+    if (
+        not isinstance(checkpoint, dict)
+        or not isinstance(checkpoint.get("model"), dict)
+        or not isinstance(checkpoint.get("model_args"), dict)
+    ):
+        raise ValueError(f"{path} is no GPT checkpoint: it needs the keys model and model_args")
+    return checkpoint
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
+    return lambda file: file.write(data)
+
+
+def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
+    """The README.md of a model directory."""
+    dataset, metrics = about.get("dataset", {}), about.get("metrics", {})
+    synthetic = (
+        " **The text is synthetic**: generated by a grammar, for trying things out." if dataset.get("synthetic") else ""
+    )
+    numbers = "".join(f"| {key.replace('_', ' ')} | {value:.4f} |\n" for key, value in metrics.items())
+    return (
+        f"# {about['name']}\n\n"
+        f"A GPT of {about['parameters']:,} parameters, trained with nanoforge for {about['iter_num']:,} steps on "
+        f"{dataset.get('name', 'an unnamed dataset')}.{synthetic}\n\n"
+        f"- Source: {dataset.get('source', 'unknown')}\n"
+        f"- Licence of the text: {dataset.get('licence', 'unknown')}\n"
+        f"- Architecture: {', '.join(f'{k} {v}' for k, v in arguments.items())}\n\n"
+        + (f"| at the last evaluation | |\n| --- | --- |\n{numbers}\n" if numbers else "")
+        + "```python\nfrom checkpoint import CheckpointManager\n\n"
+        f'model = CheckpointManager.load_model_for_inference("models/{about["name"]}")\n```\n'
+    )
+
+
+# ---- the command line
+
+
+def status(directory: Path) -> str:
+    """complete, torn, foreign (a bare ckpt.pt of nanoGPT) or nothing of ours (""), judged by names and sizes."""
+    try:
+        marker = files.read_marker(directory)
+    except ValueError:
+        return "torn"
+    if marker is not None:
+        whole = all(
+            files.find(directory, name).is_file() and files.find(directory, name).stat().st_size == entry["size"]
+            for name, entry in marker["files"].items()
+        )
+        return "complete" if whole else "torn"
+    if any((directory / name).exists() for name in (MODEL_ARGS, LOG, METRICS)) or any(directory.glob(".*.new")):
+        return "torn"
+    return "foreign" if (directory / WEIGHTS).is_file() else ""
+
+
+def models_in(root: Path) -> dict[Path, str]:
+    """Model directories under `root` and their status."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    found = {path: status(path) for path in sorted(root.iterdir()) if path.is_dir()}
+    return {path: state for path, state in found.items() if state}
+
+
+def size_on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def list_models(root: Path) -> str:
+    rows = [("name", "parameters", "iteration", "val loss", "on disk", "state")]
+    for path, state in models_in(root).items():
+        marker = files.read_marker(path) if state == "complete" else None
+        numbers = (
+            (f"{marker['parameters']:,}", f"{marker['iter_num']:,}", f"{marker['best_val_loss']:.4f}")
+            if marker
+            else ("", "", "")
+        )
+        rows.append((path.name, *numbers, f"{size_on_disk(path) / 1e6:,.0f} MB", state))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def show(directory: Path) -> str:
+    marker = files.read_marker(directory)
+    if marker is None:
+        raise ValueError(f"{directory} has no {files.MARKER}: nothing to show")
+    return json.dumps(marker, indent=2)
+
+
+def deploy(directory: Path, destination: Path) -> str:
+    """Copy the best weights and what describes them, verified, to `destination`: a model directory without its run."""
+    marker = files.read_marker(directory)
+    if marker is None:
+        raise ValueError(f"{directory} is not a complete model directory")
+    there = files.read_marker(destination) if destination.is_dir() else None
+    if there is not None and there["name"] != marker["name"]:
+        raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
+    if there is None and destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
+
+    def copy(name: str) -> Callable[[files.HashedFile], None]:
+        def write(target: files.HashedFile) -> None:
+            with files.open_verified(directory, name) as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+        return write
+
+    about = {key: value for key, value in marker.items() if key != "files"}
+    files.commit(destination, {name: copy(name) for name in DEPLOYED if name in marker["files"]}, about)
+    size = f"{size_on_disk(destination) / 1e6:,.0f} MB"
+    return f"{marker['name']} at iteration {marker['iter_num']:,} is in {destination} ({size})"
+
+
+def superseded(complete: list[Path]) -> dict[Path, str]:
+    """Complete models of which a newer version is complete too: v2 after v1 after none, later dates after earlier."""
+    newest: dict[ModelName, Path] = {}
+    names = {}
+    for path in complete:
+        try:
+            names[path] = ModelName.parse(path.name)
+        except ValueError:
+            continue
+    order = {path: [int(n) for n in re.findall(r"\d+", name.version)] for path, name in names.items()}
+    for path, name in names.items():
+        key = ModelName(name.architecture, name.size, name.dataset, name.training_type)
+        if key not in newest or order[path] > order[newest[key]]:
+            newest[key] = path
+    return {
+        path: f"superseded by {newest[key].name}"
+        for path, name in names.items()
+        if (key := ModelName(name.architecture, name.size, name.dataset, name.training_type)) and newest[key] != path
+    }
+
+
+def prune(root: Path, yes: bool) -> str:
+    """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
+    states = models_in(root)
+    doomed = {path: "torn" for path, state in states.items() if state == "torn"}
+    doomed |= superseded([path for path, state in states.items() if state == "complete"])
+    lines = []
+    for path, reason in doomed.items():
+        size = f"{size_on_disk(path) / 1e6:,.0f} MB"
+        try:
+            with files.lock(path):
+                if yes:
+                    shutil.rmtree(path)
+            lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")
+        except ValueError as error:
+            lines.append(f"kept {path}: {error}")
+    return "\n".join(lines + ([] if yes or not lines else ["nothing was deleted; --yes deletes"])) or "nothing to prune"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Look after model directories.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
+        sub = commands.add_parser(command, help=help)
+        sub.add_argument(
+            "root", nargs="?", type=Path, default=Path("models"), help="folder of models (default: models)"
+        )
+    sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
+    for command, help in (
+        ("show", "print export_meta.json"),
+        ("verify", "check every file's hash"),
+        ("deploy", "copy the best weights"),
+    ):
+        sub = commands.add_parser(command, help=help)
+        sub.add_argument("directory", type=Path)
+    sub.add_argument("destination", type=Path)
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "verify":
+            problems = CheckpointManager.verify(arguments.directory)
+            print("\n".join(problems) or f"{arguments.directory} is sound")
+            return 1 if problems else 0
+        actions = {
+            "list": lambda: list_models(arguments.root),
+            "prune": lambda: prune(arguments.root, arguments.yes),
+            "show": lambda: show(_locate(arguments.directory)[0]),
+            "deploy": lambda: deploy(_locate(arguments.directory)[0], arguments.destination),
+        }
+        print(actions[arguments.command]())
+    except (ValueError, OSError) as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The run configuration: one dataclass holds every setting's name, type, default and help.
+
+Defaults yield to configuration files, files to the command line:
+
+    python train.py config/train_scientific.py --learning_rate=3e-4 max_iters=2000
+
+A configuration file is Python that assigns `config = {...}` or, as nanoGPT's do, plain module-level names. All problems
+are gathered and reported together, each with its source and the nearest valid name.
+"""
+
+import ast
+import difflib
+import math
+import runpy
+import textwrap
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from model import PRESETS, GPTConfig
+
+
+def setting(default: Any, help: str, choices: tuple = (), resume: str = "free") -> Any:
+    """A configuration field. `resume` says what a change means for a run that goes on: free, warn or refuse."""
+    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume})
+
+
+@dataclass
+class RunConfig:
+    """Every setting of train.py, in nanoGPT's spelling."""
+
+    out_dir: str = setting("", "model directory; empty: models/ and the name the convention gives")
+    init_from: str = setting("scratch", "scratch, resume, or a model directory whose weights to start from")
+    dataset: str = setting(
+        "scientific", "folder under data/, or the path of one; prepared when missing", resume="refuse"
+    )
+    seed: int = setting(1337, "decides weights, order of the data and dropout", resume="warn")
+
+    preset: str = setting("small", "architecture to start from; the next seven override it", tuple(PRESETS), "refuse")
+    n_layer: int | None = setting(None, "transformer blocks", resume="refuse")
+    n_head: int | None = setting(None, "attention heads", resume="refuse")
+    n_embd: int | None = setting(None, "width, a multiple of n_head", resume="refuse")
+    block_size: int | None = setting(None, "context, tokens", resume="refuse")
+    vocab_size: int | None = setting(None, "token ids; unset: as many as the dataset's tokenizer has", resume="refuse")
+    bias: bool | None = setting(None, "biases in linear layers and layer norms", resume="refuse")
+    tie_word_embeddings: bool | None = setting(None, "lm_head shares the token embedding", resume="refuse")
+    dropout: float = setting(0.0, "probability; 0 is right while no text is seen twice", resume="warn")
+
+    batch_size: int = setting(4, "sequences in a micro-batch", resume="warn")
+    gradient_accumulation_steps: int = setting(4, "micro-batches in a step, over all processes", resume="warn")
+    max_iters: int = setting(1000, "optimizer steps in all", resume="warn")
+    learning_rate: float = setting(1e-3, "peak, per step of AdamW", resume="warn")
+    min_lr: float | None = setting(None, "where the decay ends; unset: learning_rate / 10", resume="warn")
+    schedule: str = setting(
+        "cosine", "decay: cosine, or wsd (constant, then linear over cooldown_iters)", ("cosine", "wsd"), "warn"
+    )
+    warmup_iters: int = setting(100, "steps of linear warm-up from 0", resume="warn")
+    lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; unset: max_iters", resume="warn")
+    cooldown_iters: int | None = setting(None, "wsd's linear end; unset: a fifth of lr_decay_iters", resume="warn")
+    weight_decay: float = setting(0.1, "on matrices; vectors (norms, biases) have none", resume="warn")
+    beta1: float = setting(0.9, "AdamW's first moment", resume="warn")
+    beta2: float = setting(0.95, "AdamW's second moment", resume="warn")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", resume="warn")
+
+    eval_interval: int = setting(250, "steps between evaluations; each one saves", resume="warn")
+    eval_iters: int = setting(
+        40, "batches of train and of val in an evaluation, the same ones each time", resume="warn"
+    )
+    log_interval: int = setting(10, "steps between lines in training_log.txt and metrics.jsonl")
+    save_minutes: float = setting(10.0, "also save when this long has passed since the last save; 0: never")
+    sample_tokens: int = setting(60, "tokens of text to sample after each evaluation; 0: none")
+
+    device: str = setting("auto", "auto (cuda, mps, cpu: the first there is), or cpu, cuda, cuda:1, mps, ...")
+    dtype: str = setting(
+        "auto", "of matrix products; auto measures on a CPU", ("auto", "float32", "bfloat16", "float16"), "warn"
+    )
+    compile: str = setting("auto", "torch.compile; auto: on CUDA with Triton", ("auto", "true", "false"), "warn")
+
+    def problems(self) -> list[str]:
+        """What cannot be, whatever the data: one sentence each."""
+        at_least_one = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters")
+        found = [
+            f"{k}={getattr(self, k)} must be at least 1"
+            for k in (*at_least_one, "log_interval")
+            if getattr(self, k) < 1
+        ]
+        not_negative = ("warmup_iters", "weight_decay", "grad_clip", "save_minutes", "sample_tokens", "seed")
+        found += [f"{k}={getattr(self, k)} must not be negative" for k in not_negative if getattr(self, k) < 0]
+        if self.learning_rate <= 0:
+            found.append(f"learning_rate={self.learning_rate} must be above 0")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.learning_rate:
+            found.append(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
+        found += [
+            f"{k}={getattr(self, k)} must be at least 0 and below 1"
+            for k in ("beta1", "beta2")
+            if not 0 <= getattr(self, k) < 1
+        ]
+        if self.warmup_iters >= self.decay_end and self.warmup_iters:
+            found.append(f"warmup_iters={self.warmup_iters} must end before the decay does, at {self.decay_end}")
+        if self.schedule == "cosine" and self.cooldown_iters is not None:
+            found.append(f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is cosine")
+        if self.schedule == "wsd" and not 0 < self.cooldown <= self.decay_end - self.warmup_iters:
+            room = self.decay_end - self.warmup_iters
+            found.append(f"cooldown_iters={self.cooldown} must lie between 1 and the {room} steps after warm-up")
+        try:
+            self.model_config(vocab_size=1)
+        except ValueError as error:
+            found.append(str(error))
+        return found
+
+    @property
+    def decay_end(self) -> int:
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    @property
+    def cooldown(self) -> int:
+        return max(1, self.decay_end // 5) if self.cooldown_iters is None else self.cooldown_iters
+
+    @property
+    def final_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The preset with this configuration's overrides; vocab_size counts where none was given."""
+        names = {f.name for f in fields(GPTConfig)}
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return GPTConfig(**{**vars(PRESETS[self.preset]), "vocab_size": vocab_size, **chosen})
+
+
+FIELDS = {f.name: f for f in fields(RunConfig)}
+
+
+def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
+    """Read `[FILE ...] [--key=value | key=value ...]` into a configuration and where each given key came from.
+
+    Raises ValueError that lists every unknown key, wrong type and impossible combination, with its source.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    problems: list[str] = []
+    files = [a for a in arguments if "=" not in a and not a.startswith("-")]
+    for path in files:
+        read = _read_file(path, problems)
+        given |= {key: (value, source) for key, value, source in read if _known(key, source, problems)}
+    for argument in (a for a in arguments if a not in files):
+        key, equals, text = argument.removeprefix("--").partition("=")
+        source = f"argument {argument}"
+        if not equals:
+            if _known(key, source, problems):
+                problems.append(f"{source}: a setting is written --{key}=value")
+        elif _known(key, source, problems):
+            given[key] = (_parse(text), source)
+    values = {}
+    for key, (value, source) in given.items():
+        try:
+            values[key] = _typed(key, value)
+        except ValueError as error:
+            problems.append(f"{source}: {error}")
+    config = RunConfig(**values)
+    problems += config.problems()
+    if problems:
+        raise ValueError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
+    return config, {key: source for key, (_, source) in given.items()}
+
+
+def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
+    """(key, value, "file:line") of every assignment: run the file, and ask its syntax tree where each name stands."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        namespace = runpy.run_path(path)
+    except FileNotFoundError:
+        close = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
+        problems.append(f"{path}: no such configuration file" + (f"; did you mean {close[0]}?" if close else ""))
+        return []
+    except Exception as error:  # whatever a user's file can raise, it is that file's fault
+        problems.append(f"{path}: {type(error).__name__}: {error}")
+        return []
+    lines: dict[str, int] = {}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name) and not target.id.startswith("_"):
+                lines[target.id] = node.lineno
+                if target.id == "config" and isinstance(node.value, ast.Dict):
+                    lines |= {key.value: key.lineno for key in node.value.keys if isinstance(key, ast.Constant)}
+    if isinstance(namespace.get("config"), dict):
+        return [(key, value, f"{path}:{lines.get(key, lines['config'])}") for key, value in namespace["config"].items()]
+    return [(key, namespace[key], f"{path}:{line}") for key, line in lines.items()]
+
+
+def _known(key: str, source: str, problems: list[str]) -> bool:
+    if key in FIELDS:
+        return True
+    close = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else "--help lists the settings"
+    problems.append(f"{source}: there is no setting '{key}'; {hint}")
+    return False
+
+
+def _parse(text: str) -> Any:
+    """The Python value a command-line word spells, or the word itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _typed(key: str, value: Any) -> Any:
+    """`value` as the field's type: 1 will do for a float, 1e3 for an int, but never "1" or True for either."""
+    declared, choices = FIELDS[key].type, FIELDS[key].metadata["choices"]
+    types = get_args(declared) or (declared,)
+    if value is None and type(None) in types:
+        return None
+    kind = types[0]
+    if kind is str:
+        value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
+        if choices and value not in choices:
+            close = difflib.get_close_matches(value, choices, n=1)
+            raise ValueError(
+                f"{key}={value} must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+            )
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        (kind is bool and isinstance(value, bool))
+        or (kind is float and number)
+        or (kind is int and number and value == int(value))
+    ):
+        return kind(value)
+    words = {bool: "true or false", int: "a whole number", float: "a number"}
+    raise ValueError(f"{key}={value!r} must be {words[kind]}")
+
+
+def merge_resumed(
+    config: RunConfig, given: dict[str, str], saved: dict[str, Any]
+) -> tuple[RunConfig, list[str], list[str]]:
+    """The configuration of a run that goes on: what was saved, except what is given now.
+
+    Returns it with (warnings, refusals): one sentence for each given setting that differs and matters.
+    """
+    values = {key: saved[key] for key in FIELDS if key in saved} | {key: getattr(config, key) for key in given}
+    values["init_from"] = saved["init_from"]  # how the run began; "resume" is not a beginning
+    warnings, refusals = [], []
+    for key, source in given.items():
+        new, old = getattr(config, key), saved.get(key)
+        sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
+        if new != old and key != "init_from" and FIELDS[key].metadata["resume"] != "free":
+            (warnings if FIELDS[key].metadata["resume"] == "warn" else refusals).append(sentence)
+    return RunConfig(**values), warnings, refusals
+
+
+def help_text(config: RunConfig) -> str:
+    """The table that --help prints: each setting, its type, the value it has now, and what it does."""
+    rows = []
+    for name, f in FIELDS.items():
+        kind = (get_args(f.type) or (f.type,))[0].__name__
+        value, default = getattr(config, name), f.default
+        shown = f"{value!r}" + ("" if value == default else f" (default {default!r})")
+        rows.append(
+            f"  {name} ({kind}) = {shown}\n" + textwrap.indent(textwrap.fill(f.metadata["help"], 100), "      ")
+        )
+    return (
+        "Train a GPT.\n\n"
+        "  python train.py config/train_scientific.py                 a configuration file\n"
+        "  python train.py config/train_scientific.py --max_iters=50  with a setting changed\n"
+        "  python train.py --init_from=resume --out_dir=models/NAME   go on where a run stopped\n"
+        "  torchrun --nproc_per_node=2 train.py FILE                  several processes\n\n"
+        "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
+    )

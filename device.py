@@ -1,0 +1,85 @@
+"""Where the arithmetic runs and in which precision: what `auto` means for device, dtype and compile."""
+
+import contextlib
+import ctypes
+import importlib.util
+import time
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is CUDA (one GPU per local rank), then MPS, then the CPU. Raises ValueError for one that is not there."""
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = f"cuda:{local_rank}" if cuda else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision of matrix products and, in a few words, why. Weights stay float32 while training."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "the GPU has it") if hardware else ("float16", "the GPU has no bfloat16")
+    if device.type == "cpu":
+        gain = bfloat16_gain()
+        verdict = f"bfloat16 matrix products measured {gain:.1f} x as fast as float32 ones"
+        # Casting weights and activations costs time too; a gain that small would not survive it.
+        return ("bfloat16" if gain > 1.3 else "float32"), verdict
+    return "float32", f"no measured gain on {device.type}"
+
+
+def bfloat16_gain(size: int = 768, repeats: int = 5) -> float:
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices: best of a few, well under a second.
+
+    A processor without the instructions emulates them and comes out below 1, so this needs no list of processors.
+    """
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Whether to torch.compile, and why. On a CPU, eager is as fast once `keep_freed_memory` is in force."""
+    if setting != "auto":
+        return setting == "true", "as asked"
+    if device.type != "cuda":
+        return False, f"no measured gain on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    return True, "CUDA with Triton"
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed buffers instead of returning each to the kernel. True where that is possible.
+
+    A training step on the CPU frees and allocates the same few hundred megabytes over and over; faulting the pages in
+    again took longer than the arithmetic (bench/train_speed.py: over twice the tokens a second). The process never
+    holds more than its peak.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # not glibc: macOS, musl, Windows
+        return False
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

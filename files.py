@@ -1,0 +1,223 @@
+"""Writing files so that a crash, a full disk or a kill at any instant loses nothing. Knows nothing about models.
+
+One file: `write_atomic`. Several that belong together, all or nothing, with a marker that lists them: `commit`.
+
+    1. every file is written beside its place as `.NAME.new`, flushed and fsynced;
+    2. the marker is written as PENDING: from this instant the new state is the state;
+    3. the new files are renamed into place, PENDING becomes the marker.
+
+A stop before 2 leaves the old state and some litter; a stop after 2 leaves the new one, half of it still under its
+`.new` name. Readers go through `open_verified`, which finds each file under either name and writes nothing; the next
+`commit` or `recover` finishes the renames. A reader that knows none of this sees whole files of either state.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MARKER = "export_meta.json"
+PENDING = ".export_meta.pending.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SaveError(OSError):
+    """Something could not be written. The message says what and why, and that nothing was lost."""
+
+
+class HashedFile:
+    """A binary file opened for writing that knows the size and the sha256 of what went through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.digest, self.error = file, 0, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save reports a failed write as something else; keep the cause
+            raise
+        self.size += memoryview(data).nbytes
+        self.digest.update(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def entry(self) -> dict[str, Any]:
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+
+def staged_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def stage(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
+    """Write what will become `path` beside it, durably, and return its size and sha256. Leaves nothing when it fails.
+
+    Opening with "wb" creates the file as the umask says, unlike `tempfile` or safetensors' own writer (mode 0600).
+    """
+    hashed = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(staged_name(path), "wb") as file:
+            hashed = HashedFile(file)
+            write(hashed)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        staged_name(path).unlink(missing_ok=True)
+        cause = hashed.error if hashed and hashed.error else error
+        if isinstance(cause, OSError):
+            raise save_error(path, cause) from error
+        raise
+    return hashed.entry()
+
+
+def save_error(path: Path, error: OSError) -> SaveError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in DISK_FULL:
+        with contextlib.suppress(OSError):
+            reason += f" ({shutil.disk_usage(path.parent).free / 1e6:,.0f} MB free)"
+    return SaveError(f"cannot write {path}: {reason}; what was saved before is intact")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in `path` durable, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the content of `path`: afterwards it is the old or the new one, whatever happens."""
+    stage(path, lambda file: file.write(data))
+    os.replace(staged_name(path), path)
+    sync_directory(path.parent)
+
+
+def commit(directory: Path, writers: dict[str, Callable[[HashedFile], None]], meta: dict[str, Any]) -> None:
+    """Write several files and the marker as one: all of them are in force afterwards, or none.
+
+    `writers` maps relative names to functions that fill an open file. Files the marker lists already and `writers` does
+    not name are kept. `meta` is stored in the marker beside the list.
+    """
+    recover(directory)
+    entries = dict((read_marker(directory) or {}).get("files", {}))
+    try:
+        for name, write in writers.items():
+            entries[name] = stage(directory / name, write)
+        marker = json.dumps({**meta, "files": entries}, indent=2, allow_nan=False).encode()
+        stage(directory / PENDING, lambda file: file.write(marker))
+    except BaseException:
+        for name in writers:
+            staged_name(directory / name).unlink(missing_ok=True)
+        raise
+    os.replace(staged_name(directory / PENDING), directory / PENDING)
+    sync_directory(directory)
+    recover(directory)
+
+
+def recover(directory: Path) -> None:
+    """Finish the commit that PENDING describes, or sweep what one that never got so far has left. Only for writers."""
+    if (directory / PENDING).exists():
+        names = json.loads((directory / PENDING).read_bytes())["files"]
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(staged_name(directory / name), directory / name)
+        for folder in {(directory / name).parent for name in names}:
+            sync_directory(folder)
+        os.replace(directory / PENDING, directory / MARKER)
+        sync_directory(directory)
+    for litter in (*directory.glob(".*.new"), *directory.glob("*/.*.new")):
+        litter.unlink(missing_ok=True)
+
+
+def read_marker(directory: Path) -> dict[str, Any] | None:
+    """The marker in force, or None where there is none. Raises ValueError when it is not readable as one."""
+    for name in (PENDING, MARKER):
+        try:
+            marker = json.loads((directory / name).read_bytes())
+            if isinstance(marker, dict) and isinstance(marker.get("files"), dict):
+                return marker
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            pass
+        raise ValueError(f"{directory / name} is damaged: it is not the JSON that a save writes")
+    return None
+
+
+def find(directory: Path, name: str) -> Path:
+    """Where a file of the state in force lies: under its `.new` name if its commit was cut short before the rename."""
+    staged = staged_name(directory / name)
+    return staged if (directory / PENDING).exists() and staged.exists() else directory / name
+
+
+@contextlib.contextmanager
+def open_verified(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """Open a file that the marker lists, after comparing its size and sha256.
+
+    A writer may publish a new state meanwhile, so a problem counts only if nothing has moved since.
+    Raises ValueError for a file that is missing, cut short or altered.
+    """
+    while True:
+        marker, path = read_marker(directory), find(directory, name)
+        expected = (marker or {"files": {}})["files"].get(name)
+        if expected is None:
+            raise ValueError(f"{directory / MARKER} lists no {name}")
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(path, "rb"))
+                problem = _difference(file, expected)
+            except FileNotFoundError:
+                problem = "it is missing"
+            if problem is None:
+                file.seek(0)
+                yield file
+                return
+        if (read_marker(directory), find(directory, name)) == (marker, path):
+            raise ValueError(f"{directory / name} is damaged: {problem}")
+
+
+def _difference(file: BinaryIO, expected: dict[str, Any]) -> str | None:
+    size = os.fstat(file.fileno()).st_size
+    if size != expected["size"]:
+        return f"{size:,} bytes where {MARKER} says {expected['size']:,}"
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if digest == expected["sha256"] else f"its sha256 is {digest[:12]}..., not {expected['sha256'][:12]}..."
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Keep a second process from writing to the same directory. Raises ValueError when one does already.
+
+    The lock is on the directory itself, and the system drops it when the process ends, however it ends. Without `fcntl`
+    (Windows) nothing is locked.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{directory} is being written by another process") from None
+        yield
+    finally:
+        os.close(descriptor)

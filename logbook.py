@@ -1,0 +1,88 @@
+"""What a run tells: the live line, training_log.txt, metrics.jsonl and loss.png."""
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import files
+from checkpoint import LOG, METRICS
+
+
+class Logbook:
+    """Says a thing on the terminal and keeps it in the model directory. With `speak` false (ranks above 0), nothing."""
+
+    def __init__(self, directory: Path, speak: bool = True):
+        self.directory, self.speak = directory, speak
+        self.live = False  # whether an unfinished line stands on the terminal
+
+    def say(self, text: str) -> None:
+        """A line on the terminal and in training_log.txt."""
+        if not self.speak:
+            return
+        self._print(text)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with open(self.directory / LOG, "a", encoding="utf-8") as log:
+            log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+
+    def progress(self, text: str) -> None:
+        """A line that the next one overwrites; nothing where the output is a file."""
+        if self.speak and sys.stdout.isatty():
+            print(f"\r\x1b[K{text}", end="", flush=True)
+            self.live = True
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """One JSON object on one line of metrics.jsonl, in the file before this returns."""
+        if self.speak:
+            with open(self.directory / METRICS, "a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(record) + "\n")
+
+    def rewind(self, iter_num: int) -> None:
+        """Forget what was recorded after the state that a run goes on from, so that no step stands there twice."""
+        path = self.directory / METRICS
+        if self.speak and path.exists():
+            kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["iter"] <= iter_num]
+            files.write_atomic(path, "".join(kept).encode())
+
+    def _print(self, text: str) -> None:
+        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+        self.live = False
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:
+    """loss.png: the training loss step by step, and both losses of every evaluation. Nats per token over steps."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
+    axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75", linewidth=1, label="batch")
+    for key, label, colour in (("train_loss", "train", "tab:blue"), ("val_loss", "validation", "tab:orange")):
+        axes.plot([r["iter"] for r in evaluations], [r[key] for r in evaluations], "o-", color=colour, label=label)
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def duration(seconds: float) -> str:
+    """1:05:09, 12:03 or 0:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,132 @@
+"""configurator.py: what it takes, what it refuses, and how it says so."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import configurator
+from configurator import FIELDS, RunConfig, load, merge_resumed
+from model import GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(ValueError, match="the configuration cannot be used") as error:
+        load(list(arguments))
+    return str(error.value)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {"max_iters": 70, "batch_size": 8, "warmup_iters": 3}')
+    config, given = load([file, "--batch_size=2", "out_dir=somewhere"])
+    assert (config.max_iters, config.batch_size, config.out_dir) == (70, 2, "somewhere")
+    assert config.learning_rate == RunConfig().learning_rate
+    assert given == {
+        "max_iters": f"{file}:1",
+        "warmup_iters": f"{file}:1",
+        "batch_size": "argument --batch_size=2",
+        "out_dir": "argument out_dir=somewhere",
+    }
+
+
+def test_a_nanogpt_style_file_of_plain_names_is_read(tmp_path):
+    file = write(
+        tmp_path / "c.py", "import math\n_unit = 100\nmax_iters = 5 * _unit\nlearning_rate: float = math.sqrt(1e-6)\n"
+    )
+    config, given = load([file])
+    assert (config.max_iters, config.learning_rate) == (500, pytest.approx(1e-3))
+    assert given["learning_rate"] == f"{file}:4"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_valid(path):
+    load([str(path)])
+
+
+def test_all_problems_are_reported_together_with_their_sources(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {\n  "learing_rate": 1,\n  "batch_size": 2.5,\n}')
+    message = refusal(file, "--dropuot=0.1", "n_head=7", "--compile", "--dtype=bfloat", "--max_iters=many")
+    for words in (
+        f"{file}:2: there is no setting 'learing_rate'; did you mean 'learning_rate'?",
+        f"{file}:3: batch_size=2.5 must be a whole number",
+        "argument --dropuot=0.1: there is no setting 'dropuot'; did you mean 'dropout'?",
+        "n_embd=320 must be a multiple of n_head=7",
+        "argument --compile: a setting is written --compile=value",
+        "dtype=bfloat must be one of auto, float32, bfloat16, float16; did you mean bfloat16?",
+        "max_iters='many' must be a whole number",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("batch_size=0", "batch_size=0 must be at least 1"),
+        ("batch_size=true", "batch_size=True must be a whole number"),
+        ("learning_rate=nan", "learning_rate='nan' must be a number"),
+        ("learning_rate=1e999", "learning_rate=inf must be a number"),
+        ("learning_rate=-1", "learning_rate=-1.0 must be above 0"),
+        ("dropout=1", "dropout=1.0 must be at least 0 and below 1"),
+        ("beta2=1", "beta2=1.0"),
+        ("min_lr=1", "min_lr=1.0 must lie between 0 and learning_rate=0.001"),
+        ("warmup_iters=1000", "warmup_iters=1000 must end before the decay does, at 1000"),
+        ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
+        ("preset=smal", "did you mean small?"),
+        ("bias=1", "bias=1 must be true or false"),
+        ("nofile.py", "nofile.py: no such configuration file"),
+        ("=3", "there is no setting ''"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
+    assert words in refusal(argument)
+
+
+def test_a_file_that_fails_is_named_with_its_error(tmp_path):
+    assert "ZeroDivisionError" in refusal(write(tmp_path / "c.py", "max_iters = 1 / 0"))
+    assert "SyntaxError" in refusal(write(tmp_path / "d.py", "max_iters = "))
+    assert "did you mean" in refusal(str(tmp_path / "cc.py"))
+
+
+def test_numbers_are_taken_as_people_write_them():
+    config, _ = load(["max_iters=1e3", "learning_rate=1", "out_dir=a=b", "compile=true", "bias=false", "min_lr=None"])
+    assert (config.max_iters, config.learning_rate, config.out_dir) == (1000, 1.0, "a=b")
+    assert (config.compile, config.bias, config.min_lr) == ("true", False, None)
+    assert type(config.max_iters) is int and type(config.learning_rate) is float
+
+
+def test_the_architecture_is_the_preset_with_overrides():
+    config, _ = load(["preset=medium", "n_layer=3", "bias=true", "dropout=0.1"])
+    expected = GPTConfig(1024, 300, 3, 12, 768, dropout=0.1, bias=True, tie_word_embeddings=True)
+    assert config.model_config(vocab_size=300) == expected
+    assert load(["vocab_size=512"])[0].model_config(vocab_size=300).vocab_size == 512
+
+
+def test_every_architecture_field_is_a_setting():
+    assert {f.name for f in fields(GPTConfig)} <= set(FIELDS)
+
+
+def test_a_resumed_run_keeps_what_was_saved_except_what_is_given():
+    saved = {**vars(RunConfig()), "max_iters": 500, "n_layer": 5, "dropout": 0.2, "dtype": "float32"}
+    config, given = load(["init_from=resume", "max_iters=600", "n_layer=6", "log_interval=1"])
+    merged, warnings, refusals = merge_resumed(config, given, saved)
+    assert (merged.max_iters, merged.dropout, merged.dtype, merged.log_interval) == (600, 0.2, "float32", 1)
+    assert merged.init_from == "scratch"
+    assert warnings == ["max_iters was 500 in the saved run and is 600 now (argument max_iters=600)"]
+    assert refusals == ["n_layer was 5 in the saved run and is 6 now (argument n_layer=6)"]
+
+
+def test_help_shows_every_setting_with_the_value_in_force():
+    config, _ = load(["max_iters=7", "warmup_iters=2"])
+    text = configurator.help_text(config)
+    for name, f in FIELDS.items():
+        assert re.search(rf"^  {name} \(\w+\) = ", text, re.M), name
+        assert " ".join(f.metadata["help"].split()) in " ".join(text.split())
+    assert "max_iters (int) = 7 (default 1000)" in text

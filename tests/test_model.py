@@ -1,0 +1,256 @@
+"""model.py against Transformers' GPT-2, a float64 computation of its own, and itself without a cache."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, sample
+
+TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 24}
+
+
+def tiny(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**TINY, **changes})).eval()
+
+
+def randomised(model: GPT, seed=1) -> GPT:
+    """Every parameter away from its initial value, so that a bias or a norm that is left out shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def tokens(*shape, vocab_size=61, seed=0):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("preset", "count"), [("small", 38_393_920), ("medium", 124_337_664), ("large", 354_551_808)])
+def test_a_preset_has_the_documented_number_of_parameters(preset, count):
+    with torch.device("meta"):
+        assert GPT(PRESETS[preset]).num_params() == count
+
+
+def as_transformers(model: GPT) -> GPT2LMHeadModel:
+    c = model.config
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        activation_function="gelu",
+        tie_word_embeddings=c.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    state = theirs.state_dict()
+    ours = model.state_dict()
+    for name, target in state.items():
+        tensor = ours.get(name)
+        if tensor is None:
+            assert name.endswith(".bias") and not c.bias
+            tensor = torch.zeros_like(target)
+        conv1d = any(name.endswith(f"{part}.weight") for part in ("c_attn", "c_proj", "c_fc"))
+        state[name] = tensor.t() if conv1d else tensor
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_loss_and_gradients_equal_transformers_gpt2(bias, tied):
+    model = randomised(tiny(bias=bias, tie_word_embeddings=tied))
+    theirs = as_transformers(model)
+    x, y = tokens(3, 16), tokens(3, 16, seed=1)
+    logits, loss = model(x, y)
+    expected = theirs(x).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    torch.testing.assert_close(loss, expected_loss)
+    loss.backward()
+    expected_loss.backward()
+    torch.testing.assert_close(
+        model.transformer.wte.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-6, rtol=1e-4
+    )
+    ours, reference = (m.transformer.h[0].attn.c_attn.weight.grad for m in (model, theirs))
+    torch.testing.assert_close(ours, reference.t(), atol=1e-6, rtol=1e-4)
+
+
+def test_attention_equals_a_float64_computation_written_out():
+    model = randomised(tiny())
+    attention, x = model.transformer.h[0].attn, torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    C, H, D = 24, 3, 8
+    weight, bias = attention.c_attn.weight.double(), attention.c_attn.bias.double()
+    q, k, v = (x.double() @ weight.t() + bias).split(C, dim=2)
+    heads = []
+    for h in range(H):
+        part = slice(h * D, (h + 1) * D)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / D**0.5
+        scores = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
+        heads.append(scores.softmax(-1) @ v[..., part])
+    expected = torch.cat(heads, 2) @ attention.c_proj.weight.double().t() + attention.c_proj.bias.double()
+    torch.testing.assert_close(attention(x, None, 0).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_no_token_sees_a_later_one():
+    model = randomised(tiny())
+    x = tokens(1, 16)
+    changed = x.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 61
+    before, after = model(x, x)[0], model(changed, x)[0]
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_without_targets_only_the_last_position_is_projected():
+    model = tiny()
+    x = tokens(2, 9)
+    logits, loss = model(x)
+    assert loss is None and logits.shape == (2, 1, 61)
+    torch.testing.assert_close(logits, model(x, x)[0][:, -1:])
+
+
+def test_ignored_targets_carry_no_loss():
+    model, x, y = tiny(), tokens(2, 16), tokens(2, 16, seed=1)
+    y[:, :8] = IGNORE_INDEX
+    logits, loss = model(x, y)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, 8:].flatten(0, 1), y[:, 8:].flatten()))
+
+
+def test_initialisation_is_gpt2s_with_scaled_residual_projections():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / (2 * 8) ** 0.5, rel=0.05), name
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert torch.all(p == (1.0 if "ln_" in name and name.endswith("weight") else 0.0)), name
+
+
+def test_tied_embeddings_are_one_parameter_and_untied_are_two():
+    tied, untied = tiny(), tiny(tie_word_embeddings=False)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert untied.num_params() - tied.num_params() == 61 * 24
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    model, x = tiny(dropout=0.5), tokens(1, 16)
+    assert torch.equal(model(x)[0], model(x)[0])
+    model.train()
+    assert not torch.equal(model(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("prompt_length", [1, 7, 16, 40])
+def test_greedy_text_with_a_cache_is_the_text_without_one_also_when_the_context_slides(prompt_length):
+    model = randomised(tiny())
+    x = tokens(2, prompt_length)
+    cached = model.generate(x, 40, temperature=0)
+    assert torch.equal(cached, model.generate(x, 40, temperature=0, use_cache=False))
+    assert torch.equal(cached[:, :prompt_length], x)
+    for n in range(prompt_length, cached.size(1)):  # what "without a cache" means, written out
+        logits, _ = model(cached[:, max(0, n - 16) : n])
+        assert torch.equal(logits[:, -1].argmax(-1), cached[:, n])
+
+
+def test_a_cache_takes_several_tokens_at_a_time():
+    model = randomised(tiny())
+    x = tokens(2, 12)
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
+        logits, _ = model(part, cache=cache)
+    torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_draws_the_same_tokens_with_and_without_a_cache():
+    model, x = randomised(tiny()), tokens(3, 4)
+    texts = [
+        model.generate(x, 30, top_k=20, top_p=0.9, generator=torch.Generator().manual_seed(7), use_cache=use_cache)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (5, None), (None, 0.6), (20, 0.8), (1, None), (100, 1.0)])
+def test_sampling_keeps_the_tokens_that_transformers_keeps(top_k, top_p):
+    logits = torch.randn(4, 61, generator=torch.Generator().manual_seed(0)) * 3
+    scores = TemperatureLogitsWarper(0.7)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(min(top_k, 61))(None, scores)
+    if top_p:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    drawn = torch.stack([sample(logits, 0.7, top_k, top_p, torch.Generator().manual_seed(seed)) for seed in range(200)])
+    expected = torch.stack(
+        [
+            torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+            for seed in range(200)
+        ]
+    )
+    assert torch.equal(drawn, expected)
+
+
+def test_generation_stops_when_every_row_has_met_a_stop_token():
+    model, x = randomised(tiny()), tokens(2, 4)
+    free = model.generate(x, 30, temperature=0)[:, 4:]
+    stops = [free[0, 3].item(), free[1, 6].item()]
+    stopped = model.generate(x, 30, temperature=0, stop_tokens=stops)[:, 4:]
+    for row, text in enumerate(free.tolist()):
+        end = next(i for i, token in enumerate(text) if token in stops)
+        assert stopped[row, : end + 1].tolist() == text[: end + 1]
+        assert set(stopped[row, end:].tolist()) == {text[end]}
+    assert stopped.size(1) < 30
+
+
+def test_generation_leaves_the_mode_and_the_global_generator_alone():
+    model = tiny(dropout=0.5).train()
+    before = torch.get_rng_state()
+    model.generate(tokens(1, 4), 5, generator=torch.Generator().manual_seed(0))
+    assert model.training and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_head": 5}, "n_embd=24 must be a multiple of n_head=5"),
+        ({"n_layer": 0, "vocab_size": -1}, "n_layer=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_an_impossible_model_is_refused_with_its_numbers(changes, words):
+    with pytest.raises(ValueError, match="impossible model") as error:
+        GPTConfig(**{**TINY, **changes})
+    assert words in str(error.value)
+
+
+def test_a_context_longer_than_block_size_is_refused():
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
+        tiny()(tokens(1, 17))
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="sampling needs"):
+        tiny().generate(tokens(1, 4), 1, **bad)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        tiny().generate(tokens(1, 0), 1)
+
+
+def test_a_shorter_block_size_keeps_the_first_positions():
+    model, x = randomised(tiny()), tokens(1, 8)
+    before = model(x)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(x)[0], before)
+    assert asdict(model.config)["block_size"] == 8
+    with pytest.raises(ValueError, match="between 1 and the model's 8"):
+        model.crop_block_size(16)

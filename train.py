@@ -1,0 +1,387 @@
+"""Train a GPT: from scratch, from the weights of another model, or on from where a run stopped.
+
+    python train.py config/train_scientific.py
+    python train.py config/train_scientific.py --init_from=resume
+    torchrun --nproc_per_node=2 train.py config/train_scientific.py
+
+`python train.py --help` lists the settings. A run that is stopped and resumed computes what an uninterrupted one would,
+bit for bit on a CPU: which tokens a step sees follows from the seed and the number of samples seen, the learning rate
+from the step, and the generators behind dropout are saved with the weights. Evaluation draws from none of them.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import configurator
+import files
+from checkpoint import METRICS, PLOT, TOKENIZER, CheckpointManager
+from configurator import RunConfig
+from data.batches import BlockSampler, fixed_batches, sequences
+from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from distributed import Ranks
+from logbook import Logbook, duration, plot_loss, read_metrics
+from preflight import Start, prepare_start
+from tokenizer import Tokenizer
+
+GATHERED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM for the loop to act on between two steps; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self.since = number, now
+            os.write(2, b"\nstopping after this step; once more to leave at once, with the last save intact\n")
+        elif now - self.since > GATHERED_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Linear warm-up, then a cosine to the final rate (Loshchilov and Hutter 2016), or a constant with a linear end
+    (warmup-stable-decay, Hu et al. 2024). A function of the step and the configuration alone."""
+    peak, final, end = config.learning_rate, config.final_lr, config.decay_end
+    if step < config.warmup_iters:
+        return peak * (step + 1) / config.warmup_iters
+    if step >= end:
+        return final
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_iters) / (end - config.warmup_iters)
+        return final + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - final)
+    return final + min(1.0, (end - step) / config.cooldown) * (peak - final)
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """Fused AdamW with weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+class Trainer:
+    """One run: the model, what updates it, and where it stands. `run` trains until max_iters or a signal."""
+
+    def __init__(self, start: Start, device: torch.device, ranks: Ranks):
+        """`start.config` has dtype and compile resolved (`pick_precision`)."""
+        self.config, self.dataset, self.directory = start.config, start.dataset, start.directory
+        self.ranks, self.device, config = ranks, device, start.config
+        self.log = Logbook(self.directory, speak=ranks.main)
+        path = self.dataset.tokenizer_path
+        self.tokenizer = Tokenizer.load(path) if path else None
+        self.raw_model = start.model.to(device)
+        self.block_size = start.model.config.block_size
+        self.micro_steps = config.gradient_accumulation_steps // ranks.size
+        self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
+        self.evaluation = {
+            split: fixed_batches(tokens, self.block_size, config.batch_size, config.eval_iters)
+            for split, tokens in (("train", self.dataset.train), ("val", self.dataset.val))
+        }
+        self.optimizer = build_optimizer(self.raw_model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+        self.iter_num, self.samples_seen = 0, 0
+        self.evaluated_at, self.saved_at = None, None  # iterations of the last evaluation and save
+        self.best_val_loss, self.metrics = math.inf, {}
+        torch.manual_seed(config.seed + ranks.rank)
+        if start.state is not None:
+            self._restore(start.state)
+        self.model = torch.compile(self.raw_model) if config.compile == "true" else self.raw_model
+        if ranks.size > 1:
+            local = [ranks.local] if device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=local)
+
+    # ---- the loop
+
+    def run(self, stop: StopSignal) -> int:
+        """Train; evaluate and save when due. Returns 0, or the signal that stopped it. Raises FloatingPointError when
+        a loss is not finite, before it can reach the weights or a file."""
+        config = self.config
+        self.began, self.began_at, self.last_save = time.monotonic(), self.iter_num, time.monotonic()
+        while True:
+            stopping, save_due = self._agree_on_stop(stop)
+            finished = self.iter_num >= config.max_iters
+            due = self.iter_num % config.eval_interval == 0 or finished
+            if due and self.evaluated_at != self.iter_num and not stopping:
+                self.evaluate_and_save()
+            elif (save_due or stopping) and self.saved_at != self.iter_num:
+                self.save(best=False)
+            if stopping or finished:
+                return stopping
+            start = time.monotonic()
+            loss, rate, norm = self.step()
+            self._report(loss, rate, norm, time.monotonic() - start)
+
+    def step(self) -> tuple[float, float, float]:
+        """One optimizer step over samples_per_step sequences: (mean loss before it, learning rate, gradient norm)."""
+        config, rate = self.config, learning_rate(self.iter_num, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        first = self.samples_seen + self.ranks.rank * self.micro_steps * config.batch_size
+        for micro in range(self.micro_steps):
+            x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
+            last = micro == self.micro_steps - 1
+            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
+                with autocast(self.device, config.dtype):
+                    _, loss = self.model(x.to(self.device), y.to(self.device))
+                self.scaler.scale(loss / self.micro_steps).backward()
+            total += loss.detach() / self.micro_steps
+        loss = self.ranks.sum(total).item() / self.ranks.size
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf).item()
+        # float16's scaler meets infinite gradients as a matter of course: it skips the step and lowers its scale.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise self._not_finite(f"the loss is {loss} and the gradient's norm {norm}", rate)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iter_num += 1
+        self.samples_seen += self.samples_per_step
+        return loss, rate, norm
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss on the fixed batches of train and val, nats per token, and val's bits per byte of UTF-8 text."""
+        self.raw_model.eval()
+        result = {}
+        for split, batches in self.evaluation.items():
+            total = 0.0
+            for i in range(self.ranks.rank, len(batches), self.ranks.size):
+                x, y = sequences(getattr(self.dataset, split), batches[i], self.block_size)
+                with torch.no_grad(), autocast(self.device, self.config.dtype):
+                    _, loss = self.raw_model(x.to(self.device), y.to(self.device))
+                total += loss.item() * len(batches[i])  # the last batch may be smaller
+                self.log.progress(f"evaluating {split} {i + 1}/{len(batches)}")
+            result[f"{split}_loss"] = sum(self.ranks.gather(total)) / sum(map(len, batches))
+        self.raw_model.train()
+        if self.dataset.bytes_per_token:
+            result["val_bits_per_byte"] = result["val_loss"] / math.log(2) / self.dataset.bytes_per_token
+        return result
+
+    def evaluate_and_save(self) -> None:
+        metrics = self.evaluate()
+        if not all(map(math.isfinite, metrics.values())):
+            raise self._not_finite(f"the evaluation gives {metrics}", learning_rate(self.iter_num, self.config))
+        best = metrics["val_loss"] < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
+        self.metrics, self.evaluated_at = metrics, self.iter_num
+        self.log.metric({"iter": self.iter_num, **metrics})
+        bits = f", {metrics['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in metrics else ""
+        self.log.say(
+            f"iteration {self.iter_num:,}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}"
+            f"{bits}{' (best so far)' if best else ''}"
+        )
+        self._show_sample()
+        self.save(best)
+
+    # ---- state
+
+    def save(self, best: bool) -> None:
+        """Write the directory: always last/state.pt; with `best`, ckpt.pt too. Collective: every rank calls it."""
+        generators = self.ranks.gather(self._generators())
+        self.saved_at, self.last_save = self.iter_num, time.monotonic()
+        if not self.ranks.main:
+            return
+        metadata = {
+            "config": asdict(self.config),
+            "iter_num": self.iter_num,
+            "best_val_loss": self.best_val_loss,
+            "dataset": {
+                "name": self.dataset.name,
+                "fingerprint": self.dataset.fingerprint,
+                **{key: self.dataset.meta.get(key) for key in ("source", "licence", "synthetic")},
+            },
+            "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint}
+            if self.tokenizer
+            else None,
+            "metrics": self.metrics,
+        }
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generators": generators,
+            "samples_seen": self.samples_seen,
+            "evaluated_at": self.evaluated_at,
+            "dataset": metadata["dataset"],
+            "metrics": self.metrics,
+        }
+        texts = {TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {}
+        if (self.directory / METRICS).exists():
+            texts[PLOT] = plot_loss(read_metrics(self.directory / METRICS), self.directory.resolve().name)
+        CheckpointManager.save_checkpoint(
+            self.raw_model, self.directory, metadata, best=best, training_state=state, texts=texts
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
+        self.best_val_loss, self.evaluated_at = state["best_val_loss"], state["evaluated_at"]
+        self.metrics, self.saved_at = state["metrics"], state["iter_num"]
+        if self.ranks.rank < len(state["generators"]):
+            own = state["generators"][self.ranks.rank]
+            torch.set_rng_state(own["cpu"])
+            if self.device.type == "cuda" and own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"], self.device)
+        self.log.rewind(self.iter_num)
+
+    def _generators(self) -> dict[str, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    # ---- telling
+
+    def _report(self, loss: float, rate: float, norm: float, seconds: float) -> None:
+        speed = self.samples_per_step * self.block_size / seconds
+        spent = time.monotonic() - self.began
+        left = spent / (self.iter_num - self.began_at) * (self.config.max_iters - self.iter_num)
+        line = (
+            f"iteration {self.iter_num:,}/{self.config.max_iters:,}  loss {loss:.4f}  lr {rate:.2e}  "
+            f"{speed:,.0f} tokens/s  ETA {duration(left)}"
+        )
+        if self.iter_num % self.config.log_interval == 0 or self.iter_num == self.began_at + 1:
+            self.log.say(line)
+        else:
+            self.log.progress(line)
+        if self.iter_num % self.config.log_interval == 0:
+            tokens = self.samples_seen * self.block_size
+            record = {"iter": self.iter_num, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
+            self.log.metric({**record, "tokens_per_second": round(speed, 1)})
+
+    def _show_sample(self) -> None:
+        """A few lines of text from the model as it is, drawn from a generator of their own."""
+        if not self.config.sample_tokens or self.tokenizer is None or not self.ranks.main:
+            return
+        prompt = torch.full((1, 1), self.tokenizer.eot, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        with autocast(self.device, self.config.dtype):
+            ids = self.raw_model.generate(
+                prompt, self.config.sample_tokens, top_k=50, stop_tokens=[self.tokenizer.eot], generator=generator
+            )
+        text = " ".join(self.tokenizer.decode(ids[0, 1:].tolist()).replace("<|endoftext|>", "").split())
+        self.log.say(f"  sample: {text or '(end of text at once)'}")
+
+    def _agree_on_stop(self, stop: StopSignal) -> tuple[int, bool]:
+        """(signal to stop for or 0, whether save_minutes have passed), the same on every rank."""
+        minutes = self.config.save_minutes
+        late = minutes > 0 and time.monotonic() - self.last_save > 60 * minutes
+        if self.ranks.size == 1:
+            return stop.number, late
+        votes = self.ranks.gather((stop.number, late))
+        return max(number for number, _ in votes), votes[0][1]
+
+    def _not_finite(self, what: str, rate: float) -> FloatingPointError:
+        kept = (
+            f"iteration {self.saved_at:,} is safe in {self.directory}"
+            if self.saved_at is not None
+            else "nothing was saved yet"
+        )
+        return FloatingPointError(
+            f"{what} at iteration {self.iter_num:,} with learning rate {rate:.2e}; training stopped before the weights "
+            f"took it in, and {kept}. A lower learning_rate, a longer warmup_iters or a smaller grad_clip usually helps"
+        )
+
+
+def pick_precision(start: Start, device: torch.device, ranks: Ranks) -> list[str]:
+    """Put numbers for `auto` into start.config, the same on every rank, and say what was chosen and why.
+
+    They are saved with the run, so that a resume on a machine that measures differently computes the same.
+    """
+    dtype, why_dtype = ranks.agree(pick_dtype(start.config.dtype, device))
+    compiled, why_compile = ranks.agree(pick_compile(start.config.compile, device))
+    start.config = replace(start.config, dtype=dtype, compile=str(compiled).lower())
+    return [
+        f"device {device} ({torch.get_num_threads()} threads), {ranks.size} process(es)",
+        f"dtype {dtype}: {why_dtype}",
+        f"compile {start.config.compile}: {why_compile}",
+    ]
+
+
+def announce(trainer: Trainer, notes: list[str]) -> None:
+    """What is about to happen, before the first step."""
+    config, dataset, log = trainer.config, trainer.dataset, trainer.log
+    tokens = trainer.samples_per_step * trainer.block_size
+    synthetic = " (synthetic text)" if dataset.meta.get("synthetic") else ""
+    log.say(f"{trainer.directory}: {trainer.raw_model.num_params():,} parameters, block_size {trainer.block_size}")
+    log.say(
+        f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
+    )
+    epochs = config.max_iters * tokens / len(dataset.train)
+    log.say(f"{tokens:,} tokens a step; {config.max_iters:,} steps are {epochs:.2f} epochs")
+    for note in notes:
+        log.say(note)
+    if trainer.iter_num:
+        log.say(
+            f"going on at iteration {trainer.iter_num:,}, learning rate {learning_rate(trainer.iter_num, config):.2e}"
+        )
+    log.say(
+        "the first save comes with the first evaluation, before the first step; "
+        f"then every {config.eval_interval} steps"
+        + (f" or {config.save_minutes:g} minutes" if config.save_minutes else "")
+    )
+
+
+def train(arguments: list[str]) -> int:
+    """Run train.py with these arguments; the exit code: 0, or 128 + the signal that stopped it."""
+    config, given = configurator.load(arguments)
+    ranks = Ranks()
+    start = prepare_start(config, given, ranks, print)
+    device = pick_device(start.config.device, ranks.local)
+    with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
+        files.recover(start.directory)
+        notes = start.notes + pick_precision(start, device, ranks)
+        trainer = Trainer(start, device, ranks)
+        announce(trainer, notes)
+        number = trainer.run(stop)
+        where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
+        if number:
+            resume = f"python train.py --init_from=resume --out_dir={trainer.directory}"
+            trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\ngo on with: {resume}")
+            return 128 + number
+        trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
+        trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')
+    return 0
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    keep_freed_memory()
+    try:
+        if {"-h", "--help"} & set(arguments):
+            config, _ = configurator.load([a for a in arguments if a not in ("-h", "--help")])
+            print(configurator.help_text(config))
+            return 0
+        return train(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted before training began; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
