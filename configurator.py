@@ -95,13 +95,14 @@ class RunConfig:
             for k in ("beta1", "beta2")
             if not 0 <= getattr(self, k) < 1
         ]
-        if self.warmup_iters >= self.decay_end and self.warmup_iters:
-            found.append(f"warmup_iters={self.warmup_iters} must end before the decay does, at {self.decay_end}")
-        if self.schedule == "cosine" and self.cooldown_iters is not None:
-            found.append(f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is cosine")
-        if self.schedule == "wsd" and not 0 < self.cooldown <= self.decay_end - self.warmup_iters:
-            room = self.decay_end - self.warmup_iters
-            found.append(f"cooldown_iters={self.cooldown} must lie between 1 and the {room} steps after warm-up")
+        if self.decay_end < 1:
+            found.append(f"lr_decay_iters={self.decay_end} must be at least 1")
+        elif not 1 <= self.cooldown <= self.decay_end:
+            found.append(f"cooldown_iters={self.cooldown} must lie between 1 and lr_decay_iters={self.decay_end}")
+        elif self.cooldown_iters is not None and self.schedule != "wsd":
+            found.append(
+                f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is {self.schedule}"
+            )
         try:
             self.model_config(vocab_size=1)
         except ValueError as error:
@@ -156,7 +157,8 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
         except ValueError as error:
             problems.append(f"{source}: {error}")
     config = RunConfig(**values)
-    problems += config.problems()
+    if config.init_from != "resume":  # what was not given may yet come from the saved run: merge_resumed looks then
+        problems += config.problems()
     if problems:
         raise ValueError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
     return config, {key: source for key, (_, source) in given.items()}
@@ -237,17 +239,17 @@ def merge_resumed(
 ) -> tuple[RunConfig, list[str], list[str]]:
     """The configuration of a run that goes on: what was saved, except what is given now.
 
-    Returns it with (warnings, refusals): one sentence for each given setting that differs and matters.
+    Returns it with (warnings, problems): one sentence for each given setting that differs and matters.
     """
     values = {key: saved[key] for key in FIELDS if key in saved} | {key: getattr(config, key) for key in given}
-    values["init_from"] = saved["init_from"]  # how the run began; "resume" is not a beginning
-    warnings, refusals = [], []
+    merged = RunConfig(**{**values, "init_from": saved["init_from"]})  # "resume" is not how a run begins
+    warnings, problems = [], []
     for key, source in given.items():
-        new, old = getattr(config, key), saved.get(key)
-        sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
-        if new != old and key != "init_from" and FIELDS[key].metadata["resume"] != "free":
-            (warnings if FIELDS[key].metadata["resume"] == "warn" else refusals).append(sentence)
-    return RunConfig(**values), warnings, refusals
+        new, old, effect = getattr(merged, key), saved.get(key), FIELDS[key].metadata["resume"]
+        if new != old and effect != "free":
+            sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
+            (warnings if effect == "warn" else problems).append(sentence)
+    return merged, warnings, problems + merged.problems()
 
 
 def help_text(config: RunConfig) -> str:

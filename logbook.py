@@ -19,6 +19,8 @@ class Logbook:
     def __init__(self, directory: Path, speak: bool = True):
         self.directory, self.speak = directory, speak
         self.live = False  # whether an unfinished line stands on the terminal
+        if speak:
+            directory.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
         """A line on the terminal and in training_log.txt."""

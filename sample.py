@@ -1,8 +1,8 @@
 """Text from any model directory, as it is generated.
 
-    python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
-    python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
-    echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
+python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
+python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
+echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
 """
 
 import argparse

@@ -360,10 +360,11 @@ def train(arguments: list[str]) -> int:
         if number:
             resume = f"python train.py --init_from=resume --out_dir={trainer.directory}"
             trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\ngo on with: {resume}")
-            return 128 + number
-        trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
-        trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')
-    return 0
+        else:
+            trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
+            trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')
+    ranks.close()
+    return 128 + number if number else 0
 
 
 def main() -> int:

@@ -77,7 +77,7 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("dropout=1", "dropout=1.0 must be at least 0 and below 1"),
         ("beta2=1", "beta2=1.0"),
         ("min_lr=1", "min_lr=1.0 must lie between 0 and learning_rate=0.001"),
-        ("warmup_iters=1000", "warmup_iters=1000 must end before the decay does, at 1000"),
+        ("lr_decay_iters=0", "lr_decay_iters=0 must be at least 1"),
         ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
         ("preset=smal", "did you mean small?"),
         ("bias=1", "bias=1 must be true or false"),
@@ -116,11 +116,11 @@ def test_every_architecture_field_is_a_setting():
 def test_a_resumed_run_keeps_what_was_saved_except_what_is_given():
     saved = {**vars(RunConfig()), "max_iters": 500, "n_layer": 5, "dropout": 0.2, "dtype": "float32"}
     config, given = load(["init_from=resume", "max_iters=600", "n_layer=6", "log_interval=1"])
-    merged, warnings, refusals = merge_resumed(config, given, saved)
+    merged, warnings, problems = merge_resumed(config, given, saved)
     assert (merged.max_iters, merged.dropout, merged.dtype, merged.log_interval) == (600, 0.2, "float32", 1)
     assert merged.init_from == "scratch"
     assert warnings == ["max_iters was 500 in the saved run and is 600 now (argument max_iters=600)"]
-    assert refusals == ["n_layer was 5 in the saved run and is 6 now (argument n_layer=6)"]
+    assert problems == ["n_layer was 5 in the saved run and is 6 now (argument n_layer=6)"]
 
 
 def test_help_shows_every_setting_with_the_value_in_force():

@@ -1,0 +1,280 @@
+"""Datasets of tokens: the one writer and the one reader of what train.py trains on. Their format is in data/format.py.
+
+A plain `ids.astype(np.uint16)` turns id 70,000 into 4,464 without a word, so ids are checked against the vocabulary
+before they are cast, and again when a dataset is opened.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import files
+from data.format import FILES, META, SPLITS, TOKENIZER, dtype_of, find_problems, read_meta, token_dtype
+from tokenizer import Tokenizer
+
+CHUNK_BYTES = 4 << 20  # text encoded at a time: enough to keep every core busy, and the bound on memory
+
+
+# ---- writing
+
+
+def write_dataset(
+    directory: str | Path,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    source: str,
+    licence: str,
+    synthetic: bool = False,
+    val_fraction: float = 0.05,
+    total_hint: int | None = None,
+) -> dict:
+    """Encode `documents` into the dataset folder `directory`, replacing what is there; return the new meta.json.
+
+    Streams: memory does not grow with the input, and what was in the folder before stays whole until the last moment.
+    `total_hint` is the expected number of bytes of text, for the progress bar and for the check of the free disk.
+    Raises ValueError for ids outside the vocabulary and for fewer than two documents, OSError for a disk that is full.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+    directory, dtype = Path(directory), token_dtype(tokenizer.vocab_size)
+    with _staging(directory) as staged, ExitStack() as stack:
+        _check_free_disk(directory, total_hint, dtype)
+        bins = {split: stack.enter_context(_TokenFile(staged[f"{split}.bin"], dtype, tokenizer)) for split in SPLITS}
+        bar = stack.enter_context(tqdm(total=total_hint, desc=name, unit="B", unit_scale=True, disable=None))
+        for chunk in _chunks(assign_splits(documents, val_fraction)):
+            encoded = tokenizer.encode_batch([text for _, text, _ in chunk])
+            for (split, _, size), ids in zip(chunk, encoded, strict=True):
+                bins[split].add(ids, size)
+            for split in SPLITS:
+                bins[split].flush()
+            bar.update(sum(size for *_, size in chunk))
+        if not bins["val"].documents:
+            raise ValueError(
+                f"{source}: {bins['train'].documents} document(s), and train and val need at least one each; add text, "
+                "or cut it into more documents (--split block or --split line)"
+            )
+        meta = {"name": name, "source": source, "licence": licence, "synthetic": synthetic}
+        meta |= {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+        meta |= {"tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}}
+        meta |= {split: bins[split].summary() for split in SPLITS}
+        tokenizer.save(staged[TOKENIZER])
+        staged[META].write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return meta
+
+
+def assign_splits(documents: Iterable[str], val_fraction: float) -> Iterator[tuple[str, str, int]]:
+    """(split, text, bytes of UTF-8) of every document that is not blank.
+
+    The split follows from a hash of the text alone: it survives reordering, and equal documents land on the same side.
+    In a corpus so small that one side would stay empty, the document nearest to the border changes sides; that one is
+    held back until both sides have been seen.
+    """
+    border = int(val_fraction * 2**64)
+    held, others, both = None, False, False
+    for rank, text, size in _ranked(documents):
+        new = (abs(rank - border), "val" if rank < border else "train", text, size)
+        if both:
+            yield new[1:]
+        elif held is None:
+            held = new
+        elif new[1] != held[1]:
+            both = True
+            yield from (held[1:], new[1:])
+        else:
+            others = True
+            held, settled = (new, held) if new[0] < held[0] else (held, new)
+            yield settled[1:]
+    if held and not both:
+        _, split, text, size = held
+        moved = "train" if split == "val" or not others else "val"
+        yield moved, text, size
+
+
+def _ranked(documents: Iterable[str]) -> Iterator[tuple[int, str, int]]:
+    """(hash as a 64-bit integer, text, bytes of UTF-8) of the documents that are not blank."""
+    for text in documents:
+        if text and not text.isspace():
+            try:
+                encoded = text.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                encoded = text.encode()
+            digest = hashlib.blake2b(encoded, digest_size=8).digest()
+            yield int.from_bytes(digest, "little"), text, len(encoded)
+
+
+def _chunks(assigned: Iterator[tuple[str, str, int]]) -> Iterator[list[tuple[str, str, int]]]:
+    """Group documents to about CHUNK_BYTES; even an empty one counts 100, which is what Python needs to hold it."""
+    chunk, size = [], 0
+    for item in assigned:
+        chunk.append(item)
+        size += item[2] + 100
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _TokenFile:
+    """One split on its way to the disk. Counts and hashes what it writes, so that nothing has to be read back."""
+
+    def __init__(self, path: Path, dtype: np.dtype, tokenizer: Tokenizer):
+        self.path, self.dtype, self.tokenizer = path, dtype, tokenizer
+        self.documents = self.tokens = self.bytes = 0
+        self.max_id = -1
+        self.pending = []
+
+    def __enter__(self) -> "_TokenFile":
+        self.raw = self.path.open("wb")
+        self.file = files.HashedFile(self.raw)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.raw.close()
+
+    def add(self, ids: Iterable[int], text_bytes: int) -> None:
+        """Take one document, which end-of-text will follow."""
+        self.pending += [np.asarray(ids, dtype=np.int64), np.array([self.tokenizer.eot])]
+        self.documents += 1
+        self.bytes += text_bytes
+
+    def flush(self) -> None:
+        """Check and write what was added."""
+        if not self.pending:
+            return
+        ids = np.concatenate(self.pending)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"tokenizer {self.tokenizer.name!r} made id {low if low < 0 else high:,}, which is outside its "
+                f"vocabulary of {self.tokenizer.vocab_size:,}: the tokenizer is damaged"
+            )
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.raw.flush()
+        self.tokens += len(ids)
+        self.max_id = max(self.max_id, high)
+        self.pending = []
+
+    def summary(self) -> dict:
+        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "max_id": self.max_id}
+        return counts | self.file.entry()
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[dict[str, Path]]:
+    """Where to write each of FILES; renamed into place if the body succeeds, removed without a trace if it does not.
+
+    The lock keeps two runs from mixing their files, and whoever holds it may sweep what a killed run has left.
+    """
+    staged = {name: files.staged_name(directory / name) for name in FILES}
+    created = not directory.exists()
+    try:
+        with files.lock(directory):
+            for litter in directory.glob(".*.new"):
+                litter.unlink()
+            try:
+                yield staged
+                for path in staged.values():
+                    with path.open("rb+") as file:
+                        os.fsync(file.fileno())
+                for name, path in staged.items():
+                    os.replace(path, directory / name)
+                files.sync_directory(directory)
+            finally:
+                for path in staged.values():
+                    path.unlink(missing_ok=True)
+                if created:
+                    with suppress(OSError):  # not empty: the dataset is in it
+                        directory.rmdir()
+    except OSError as error:
+        ours = error.errno in files.DISK_FULL or error.filename in {str(path) for path in (directory, *staged.values())}
+        if ours:  # the others come from reading the source
+            raise files.save_error(directory, error) from error
+        raise
+
+
+def _check_free_disk(directory: Path, text_bytes: int | None, dtype: np.dtype) -> None:
+    """Refuse to start what cannot end. A token stands for about three bytes of text, often for more."""
+    needed, free = (text_bytes or 0) // 3 * dtype.itemsize, shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"{directory} needs about {needed / 1e6:,.0f} MB for the tokens of {text_bytes / 1e6:,.0f} MB of text, and "
+            f"its disk has {free / 1e6:,.0f} MB free: make room, or choose another --out_dir"
+        )
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder. What only meta.json knows is None for a nanoGPT folder, which has none."""
+
+    directory: Path
+    name: str
+    meta: dict
+    train: np.memmap  # token ids, read-only
+    val: np.memmap
+    vocab_size: int | None
+    eot: int | None
+    tokenizer_path: Path | None
+    fingerprint: str | None  # of the tokens: another one is another dataset
+    tokenizer_fingerprint: str | None
+    bytes_per_token: float | None  # of val: loss in nats / ln 2 / bytes_per_token = bits per byte
+
+
+def load_dataset(directory: str | Path) -> Dataset:
+    """Open a dataset folder, or a nanoGPT folder of two uint16 files.
+
+    Raises FileNotFoundError or ValueError with one sentence for each of the problems that `dataset_problems` lists.
+    """
+    directory = Path(directory)
+    _raise(find_problems(directory))
+    meta = read_meta(directory)
+    train, val = (np.memmap(directory / f"{split}.bin", dtype_of(meta), mode="r") for split in SPLITS)
+    if not meta:
+        return Dataset(directory, directory.name, {}, train, val, *[None] * 6)
+    tokenizer = meta["tokenizer"]["fingerprint"]
+    identity = hashlib.sha256("".join((meta["train"]["sha256"], meta["val"]["sha256"], tokenizer)).encode())
+    return Dataset(
+        directory=directory,
+        name=meta["name"],
+        meta=meta,
+        train=train,
+        val=val,
+        vocab_size=meta["vocab_size"],
+        eot=meta["eot"],
+        tokenizer_path=directory / TOKENIZER,
+        fingerprint=identity.hexdigest(),
+        tokenizer_fingerprint=tokenizer,
+        bytes_per_token=meta["val"]["bytes"] / meta["val"]["tokens"],
+    )
+
+
+def verify(directory: str | Path) -> None:
+    """Check a dataset as `load_dataset` does, and the sha256 of its token files too. Raises as that does."""
+    _raise(find_problems(Path(directory), hashes=True))
+
+
+def dataset_problems(directory: str | Path, block_size: int | None = None, vocab_size: int | None = None) -> list[str]:
+    """What is wrong with a dataset, a sentence a file; with block_size or vocab_size also for a model that has them."""
+    return [str(problem) for problem in find_problems(Path(directory), block_size, vocab_size)]
+
+
+def _raise(problems: Iterator[Exception]) -> None:
+    """Raise all problems, if there are any, as one error of the first one's kind."""
+    problems = list(problems)
+    if problems:
+        kind = FileNotFoundError if isinstance(problems[0], FileNotFoundError) else ValueError
+        raise kind("\n".join(map(str, problems)))

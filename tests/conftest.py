@@ -1,0 +1,64 @@
+"""A small real dataset, a small real model, and the scripts as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokens import write_dataset
+from tokenizer import train_bpe
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=32", "batch_size=2", "gradient_accumulation_steps=2")
+QUICK = (*TINY, "warmup_iters=2", "eval_iters=2", "log_interval=1", "dtype=float32", "sample_tokens=8")
+
+
+def documents(count=300, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    subjects, verbs, objects = (
+        ("the gradient", "a model", "the loss", "this paper"),
+        ("bounds", "shows", "is"),
+        ("zero", "true"),
+    )
+
+    def pick(words):
+        return words[torch.randint(len(words), (1,), generator=generator).item()]
+
+    return [
+        " ".join(f"{pick(subjects)} {pick(verbs)} {pick(objects)} {i % 7}." for _ in range(6)) for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A dataset folder with its own tokenizer of some 300 entries."""
+    directory = tmp_path_factory.mktemp("data") / "tiny"
+    tokenizer = train_bpe(documents(), "bpe-tiny", vocab_size=320)
+    write_dataset(directory, documents(), tokenizer, name="tiny", source="tests", licence="none", val_fraction=0.1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Run one of the scripts: `script("train.py", "max_iters=3")` gives the finished process."""
+
+    def run(name, *arguments, **options):
+        return subprocess.run(
+            command(name, *arguments), **{"capture_output": True, "text": True, "timeout": 300, **options}
+        )
+
+    return run
+
+
+def command(name, *arguments):
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors gain nothing from threads, and the tests of a machine's cores run beside each other."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,0 +1,381 @@
+"""checkpoint.py: names, round trips, foreign and hostile files, and the command line."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import files
+from checkpoint import CheckpointManager, ModelName, size_label
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
+
+
+def model(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{**vars(CONFIG), **changes}))
+
+
+def save(directory: Path, seed=0, loss=2.5, iter_num=7, **changes) -> GPT:
+    saved = model(seed, **changes)
+    metadata = {"config": {"batch_size": 4}, "iter_num": iter_num, "best_val_loss": loss, "metrics": {"val_loss": loss}}
+    state = {"optimizer": {"step": iter_num}, "generators": []}
+    CheckpointManager.save_checkpoint(saved, directory, metadata, training_state=state)
+    return saved
+
+
+def same(a: GPT, b: GPT) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("gpt-38M-tinystories-pretrain", ("gpt", "38M", "tinystories", "pretrain", "")),
+        ("gpt-38M-scientific-pretrain", ("gpt", "38M", "scientific", "pretrain", "")),
+        ("gpt-38M-tinystories-to-scientific-lora", ("gpt", "38M", "tinystories-to-scientific", "lora", "")),
+        ("gpt-38M-tinystories-to-scientific-merged", ("gpt", "38M", "tinystories-to-scientific", "merged", "")),
+        ("gpt-38M-scientific-merged-ft", ("gpt", "38M", "scientific", "merged-ft", "")),
+        ("gpt2-124M-arxiv-ft-v2", ("gpt2", "124M", "arxiv", "ft", "v2")),
+        ("gpt-1.8M-tinystories-pretrain-20231213", ("gpt", "1.8M", "tinystories", "pretrain", "20231213")),
+        ("gpt-tiny-my-own-papers-pretrain-v1.2", ("gpt", "tiny", "my-own-papers", "pretrain", "v1.2")),
+        ("llama-1.1B-a-to-b-merged-ft-v3", ("llama", "1.1B", "a-to-b", "merged-ft", "v3")),
+        ("gpt-38M-pretrain-ft", ("gpt", "38M", "pretrain", "ft", "")),
+    ],
+)
+def test_a_name_is_parsed_into_its_parts_and_built_from_them(text, parts):
+    name = ModelName.parse(text)
+    assert tuple(vars(name).values()) == parts
+    assert str(ModelName(*parts)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model1",
+        "test",
+        "gpt-38M-scientific",
+        "gpt-38M-pretrain",
+        "gpt-38-scientific-pretrain",
+        "gpt-huge-scientific-pretrain",
+        "GPT-38M-scientific-pretrain",
+        "gpt-38M-scientific-pretrain-final",
+        "gpt-38M-a-to-b-to-c-lora",
+        "gpt-38M-to-b-lora",
+        "gpt-38M-two words-pretrain",
+        "gpt-38M-scientific-pretrain-v1-v2",
+        "",
+    ],
+)
+def test_a_name_outside_the_convention_is_refused(text):
+    with pytest.raises(ValueError, match=r"must be|is not"):
+        ModelName.parse(text)
+
+
+def test_parts_that_would_be_read_as_another_name_are_refused():
+    with pytest.raises(ValueError, match="read as another name"):
+        ModelName("gpt", "1M", "a-merged", "ft")
+
+
+@pytest.mark.parametrize(
+    ("count", "label"),
+    [
+        (38_393_920, "38M"),
+        (124_337_664, "124M"),
+        (354_551_808, "355M"),
+        (1_800_000, "1.8M"),
+        (1_100_048_384, "1.1B"),
+        (999_600_000, "1B"),
+        (9_960_000, "10M"),
+        (7_000_000_000, "7B"),
+        (45_792, "46K"),
+        (900, "0.9K"),
+    ],
+)
+def test_a_count_is_written_as_people_write_it(count, label):
+    assert size_label(count) == label
+    assert ModelName("gpt", label, "x", "pretrain").fits(count)
+
+
+def test_a_name_fits_only_models_of_its_size():
+    assert not ModelName.parse("gpt-38M-x-pretrain").fits(39_600_000)
+    assert ModelName.parse("gpt-small-x-pretrain").fits(39_600_000)
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"tie_word_embeddings": False}])
+def test_a_saved_model_loads_from_the_directory_and_from_its_ckpt(tmp_path, changes):
+    saved = save(tmp_path / "m", **changes)
+    for path in (tmp_path / "m", str(tmp_path / "m" / "ckpt.pt")):
+        loaded, metadata = CheckpointManager.load_model(path)
+        assert loaded.config == saved.config and same(loaded, saved) and loaded.training
+        assert (
+            metadata["iter_num"] == 7 and metadata["best_val_loss"] == 2.5 and metadata["config"] == {"batch_size": 4}
+        )
+        assert all(p.requires_grad for p in loaded.parameters())
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == saved.config.tie_word_embeddings
+    assert not CheckpointManager.load_model_for_inference(tmp_path / "m").training
+
+
+def test_a_tied_model_is_stored_once(tmp_path):
+    save(tmp_path / "tied", vocab_size=20_000)
+    save(tmp_path / "untied", vocab_size=20_000, tie_word_embeddings=False)
+    tied, untied = ((tmp_path / n / "ckpt.pt").stat().st_size for n in ("tied", "untied"))
+    assert untied - tied > 0.9 * 20_000 * 16 * 4
+
+
+def test_model_args_hold_only_nanogpts_seven_keys_unless_another_differs(tmp_path):
+    seven = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
+    save(tmp_path / "tied")
+    save(tmp_path / "untied", tie_word_embeddings=False)
+    assert set(json.loads((tmp_path / "tied" / "model_args.json").read_text())) == seven
+    assert set(json.loads((tmp_path / "untied" / "model_args.json").read_text())) == seven | {"tie_word_embeddings"}
+
+
+def test_wrappers_leave_no_trace_in_saved_names(tmp_path):
+    plain = model()
+    wrapped = torch.nn.DataParallel(torch.compile(plain))
+    CheckpointManager.save_checkpoint(wrapped, tmp_path, {"config": {}, "iter_num": 0, "best_val_loss": 1.0})
+    stored = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert set(stored["model"]) == set(plain.state_dict())
+
+
+def test_without_best_only_the_state_is_replaced(tmp_path):
+    best = save(tmp_path, seed=0)
+    later = model(seed=1)
+    metadata = {"config": {}, "iter_num": 9, "best_val_loss": 2.5}
+    CheckpointManager.save_checkpoint(later, tmp_path, metadata, best=False, training_state={"x": 1})
+    assert same(CheckpointManager.load_model(tmp_path)[0], best)
+    state = CheckpointManager.load_training_state(tmp_path)
+    assert state["x"] == 1 and torch.equal(state["model"]["lm_head.weight"], later.lm_head.weight)
+    assert CheckpointManager.verify(tmp_path) == []
+
+
+# ---- other people's files
+
+
+def nanogpt(path: Path, prefix="", masks=False, **changes) -> GPT:
+    """A checkpoint as nanoGPT's train.py writes it."""
+    source = model(3, **changes)
+    state = {prefix + k: v for k, v in source.state_dict().items()}
+    if masks:
+        state |= {f"{prefix}transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    arguments = {k: v for k, v in vars(source.config).items() if k != "tie_word_embeddings"}
+    optimizer = torch.optim.AdamW(source.parameters()).state_dict()
+    contents = {
+        "model": state,
+        "optimizer": optimizer,
+        "model_args": arguments,
+        "iter_num": 5,
+        "config": {"device": "cuda"},
+    }
+    path.mkdir(parents=True)
+    torch.save({**contents, "best_val_loss": torch.tensor(3.1)}, path / "ckpt.pt")
+    return source
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "module."])
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_nanogpt_checkpoint_loads(tmp_path, bias, prefix, masks):
+    source = nanogpt(tmp_path / "out", prefix, masks, bias=bias)
+    loaded, metadata = CheckpointManager.load_model(tmp_path / "out" / "ckpt.pt")
+    assert same(loaded, source) and loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert metadata["iter_num"] == 5 and metadata["export_meta"] is None
+
+
+def test_a_nanogpt_checkpoint_of_any_file_name_loads(tmp_path):
+    source = nanogpt(tmp_path / "out")
+    (tmp_path / "out" / "ckpt.pt").rename(tmp_path / "out" / "best.pt")
+    assert same(CheckpointManager.load_model(tmp_path / "out" / "best.pt")[0], source)
+
+
+class Boom:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    for name, write in (("zip", torch.save), ("raw", lambda value, path: path.write_bytes(pickle.dumps(value)))):
+        path = tmp_path / name / "ckpt.pt"
+        path.parent.mkdir()
+        write({"model": Boom(tmp_path / "boom"), "model_args": {}}, path)
+        with pytest.raises(ValueError, match="is refused: it would run code"):
+            CheckpointManager.load_model(path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda d: (d / "ckpt.pt").write_bytes((d / "ckpt.pt").read_bytes()[:-100]),
+            "bytes where export_meta.json says",
+        ),
+        (lambda d: flip(d / "ckpt.pt"), "ckpt.pt is damaged: its sha256"),
+        (lambda d: (d / "ckpt.pt").unlink(), "ckpt.pt is damaged: it is missing"),
+        (lambda d: (d / "export_meta.json").unlink(), "is torn"),
+        (lambda d: (d / "export_meta.json").write_text("{"), "export_meta.json is damaged"),
+        (lambda d: shutil.rmtree(d), "there is no model directory"),
+    ],
+)
+def test_a_damaged_directory_is_refused_with_what_is_wrong(tmp_path, spoil, words):
+    save(tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        CheckpointManager.load_model(tmp_path / "m")
+
+
+def flip(path: Path, position=None) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1
+    path.write_bytes(data)
+
+
+def test_one_flipped_byte_anywhere_is_found_by_verify(tmp_path):
+    save(tmp_path)
+    assert CheckpointManager.verify(tmp_path) == []
+    for name in files.read_marker(tmp_path)["files"]:
+        for position in (0, -1):
+            flip(tmp_path / name, position)
+            assert CheckpointManager.verify(tmp_path) == [
+                f"{tmp_path / name} is damaged: " + m for m in hash_problem(tmp_path / name)
+            ]
+            flip(tmp_path / name, position)
+    assert CheckpointManager.verify(tmp_path) == []
+
+
+def hash_problem(path: Path) -> list[str]:
+    import hashlib
+
+    expected = files.read_marker(path.parent if path.parent.name != "last" else path.parent.parent)["files"]
+    name = path.name if path.parent.name != "last" else f"last/{path.name}"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return [f"its sha256 is {digest[:12]}..., not {expected[name]['sha256'][:12]}..."]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
+        (lambda c: c["model"].update(extra=torch.ones(1)), "extra is unexpected"),
+        (
+            lambda c: c["model"].update({"transformer.wpe.weight": torch.ones(3, 16)}),
+            r"wpe.weight is \(3, 16\) where the model has \(16, 16\)",
+        ),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(61, 16)}), "its two tensors differ"),
+        (lambda c: c["model_args"].update(rotary=True), "model_args has rotary"),
+        (lambda c: c["model_args"].update(n_head=3), "n_embd=16 must be a multiple of n_head=3"),
+        (lambda c: c.pop("model_args"), "needs the keys model and model_args"),
+    ],
+)
+def test_weights_that_do_not_fit_their_description_are_refused(tmp_path, change, words):
+    nanogpt(tmp_path / "out")
+    contents = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    change(contents)
+    torch.save(contents, tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(ValueError, match=words):
+        CheckpointManager.load_model(tmp_path / "out")
+
+
+def test_a_directory_without_a_training_state_says_that_it_cannot_be_resumed(tmp_path):
+    CheckpointManager.save_checkpoint(model(), tmp_path, {"config": {}, "iter_num": 0, "best_val_loss": 1.0})
+    with pytest.raises(FileNotFoundError, match="can be loaded and fine-tuned, but not resumed"):
+        CheckpointManager.load_training_state(tmp_path)
+
+
+def test_a_missing_directory_names_its_neighbours(tmp_path):
+    save(tmp_path / "gpt-1K-x-pretrain")
+    with pytest.raises(FileNotFoundError, match="beside it: gpt-1K-x-pretrain"):
+        CheckpointManager.load_model(tmp_path / "gpt-1K-y-pretrain")
+
+
+# ---- the command line
+
+
+def test_list_shows_complete_torn_and_foreign_directories(tmp_path, script):
+    save(tmp_path / "gpt-6K-x-pretrain", loss=1.25, iter_num=1200)
+    save(tmp_path / "gpt-6K-y-pretrain")
+    (tmp_path / "gpt-6K-y-pretrain" / "ckpt.pt").unlink()
+    nanogpt(tmp_path / "out")
+    (tmp_path / "notes").mkdir()
+    done = script("checkpoint.py", "list", tmp_path)
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and set(rows) == {"name", "gpt-6K-x-pretrain", "gpt-6K-y-pretrain", "out"}
+    assert rows["gpt-6K-x-pretrain"][1:4] == [f"{model().num_params():,}", "1,200", "1.2500"]
+    assert [rows[n][-1] for n in ("gpt-6K-x-pretrain", "gpt-6K-y-pretrain", "out")] == ["complete", "torn", "foreign"]
+
+
+def test_show_and_verify(tmp_path, script):
+    save(tmp_path / "m")
+    assert json.loads(script("checkpoint.py", "show", tmp_path / "m").stdout)["iter_num"] == 7
+    done = script("checkpoint.py", "verify", tmp_path / "m")
+    assert done.returncode == 0 and "is sound" in done.stdout
+    flip(tmp_path / "m" / "last" / "state.pt")
+    done = script("checkpoint.py", "verify", tmp_path / "m")
+    assert done.returncode == 1 and "last/state.pt is damaged" in done.stdout
+    done = script("checkpoint.py", "show", tmp_path / "nothing")
+    assert done.returncode == 1 and "there is no model directory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_deploy_copies_the_best_weights_alone(tmp_path, script):
+    saved, target = save(tmp_path / "m"), tmp_path / "production" / "current"
+    done = script("checkpoint.py", "deploy", tmp_path / "m", target)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in target.iterdir()} == {
+        "ckpt.pt",
+        "model_args.json",
+        "config.json",
+        "README.md",
+        "export_meta.json",
+    }
+    assert same(CheckpointManager.load_model_for_inference(target), saved)
+    assert CheckpointManager.verify(target) == []
+    newer = save(tmp_path / "m", seed=5)
+    assert script("checkpoint.py", "deploy", tmp_path / "m", target).returncode == 0
+    assert same(CheckpointManager.load_model(target)[0], newer)
+    save(tmp_path / "other")
+    done = script("checkpoint.py", "deploy", tmp_path / "other", target)
+    assert done.returncode == 1 and "holds another model, m" in done.stderr
+    flip(tmp_path / "m" / "ckpt.pt")
+    done = script("checkpoint.py", "deploy", tmp_path / "m", target)
+    assert done.returncode == 1 and "is damaged" in done.stderr
+    assert same(CheckpointManager.load_model(target)[0], newer)
+
+
+def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_path, script):
+    for name in ("gpt-6K-x-pretrain", "gpt-6K-x-pretrain-v2", "gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1"):
+        save(tmp_path / name)
+    save(tmp_path / "gpt-6K-y-pretrain-v2")
+    (tmp_path / "gpt-6K-y-pretrain-v2" / "export_meta.json").unlink()
+    nanogpt(tmp_path / "out")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = script("checkpoint.py", "prune", tmp_path)
+    assert "gpt-6K-x-pretrain-v2 (superseded by gpt-6K-x-pretrain-v10" in done.stdout and "--yes deletes" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert script("checkpoint.py", "prune", tmp_path, "--yes").returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1", "out"]
+    assert "nothing to prune" in script("checkpoint.py", "prune", tmp_path).stdout
+
+
+def test_prune_leaves_a_run_that_is_being_written_alone(tmp_path, script):
+    save(tmp_path / "m")
+    (tmp_path / "m" / "export_meta.json").unlink()
+    with files.lock(tmp_path / "m"):
+        done = script("checkpoint.py", "prune", tmp_path, "--yes")
+    assert "kept" in done.stdout and (tmp_path / "m").exists()

@@ -1,0 +1,149 @@
+"""sample.py: prompts from everywhere, streaming, and refusals of one sentence."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, command
+
+from checkpoint import CheckpointManager
+from tokenizer import Tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory, script) -> Path:
+    out = tmp_path_factory.mktemp("sampled") / "run"
+    settings = (*QUICK, "max_iters=300", "eval_interval=300", "learning_rate=3e-3")
+    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *settings)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_greedy_text_is_what_the_model_generates_from_python(trained, script):
+    done = script("sample.py", trained, "--prompt", "the gradient", "--temperature", 0, "--max_new_tokens", 20)
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = CheckpointManager.load_model_for_inference(trained), Tokenizer.load(trained / "tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("the gradient")])
+    text = tokenizer.decode(model.generate(ids, 20, temperature=0, stop_tokens=[tokenizer.eot])[0].tolist())
+    assert done.stdout == text.removesuffix("<|endoftext|>") + "\n"
+    assert "gradient bounds" in text or "gradient shows" in text or "gradient is" in text, (
+        "the model has learned nothing"
+    )
+
+
+def test_the_prompt_comes_from_the_option_a_file_or_stdin(trained, script, tmp_path):
+    (tmp_path / "p.txt").write_text("this paper\n", encoding="utf-8")
+    option = ("--temperature", 0, "--max_new_tokens", 8)
+    texts = {
+        script("sample.py", trained, "--prompt", "this paper", *option).stdout,
+        script("sample.py", trained, "--prompt", f"FILE:{tmp_path / 'p.txt'}", *option).stdout,
+        script("sample.py", trained, *option, input="this paper\n").stdout,
+        script("sample.py", trained / "ckpt.pt", *option, input="this paper").stdout,
+    }
+    assert len(texts) == 1 and texts.pop().startswith("this paper ")
+
+
+def test_several_samples_differ_and_a_seed_repeats_them(trained, script):
+    arguments = (
+        "sample.py",
+        trained,
+        "--prompt",
+        "a model",
+        "--num_samples",
+        3,
+        "--max_new_tokens",
+        30,
+        "--temperature",
+        1.5,
+    )
+    first, again, other = (script(*arguments, "--seed", seed).stdout for seed in (1, 1, 2))
+    texts = first.split("---------------\n")
+    assert first == again != other and len(set(texts)) == 3 and all(t.startswith("a model") for t in texts)
+
+
+def test_text_streams_while_it_is_generated(trained):
+    arguments = command(
+        "sample.py",
+        trained,
+        "--prompt",
+        "the loss",
+        "--max_new_tokens",
+        100000,
+        "--temperature",
+        1.2,
+        "--num_samples",
+        50,
+    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert process.stdout.read(30).startswith(b"the loss")
+    assert process.poll() is None, "it ended before anything was read"
+    process.kill()
+    process.wait()
+
+
+def test_half_precision_is_on_request(trained, script):
+    done = script(
+        "sample.py",
+        trained,
+        "--prompt",
+        "the loss",
+        "--dtype",
+        "bfloat16",
+        "--max_new_tokens",
+        10,
+        "--top_k",
+        5,
+        "--top_p",
+        0.9,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("the loss")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--top_p", 3), "0 < top_p <= 1"),
+        (("--top_k", 0), "top_k >= 1"),
+        (("--temperature", -1), "temperature >= 0"),
+        (("--num_samples", 0), "must be at least 1"),
+        (("--prompt", "FILE:/nowhere.txt"), "/nowhere.txt"),
+        (("--device", "cuda:7"), "device=cuda:7 cannot be used here"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_exit_code_1(trained, script, arguments, words):
+    done = script("sample.py", trained, *(("--prompt", "x") if "--prompt" not in arguments else ()), *arguments)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_directory_that_is_not_there_is_one_sentence(script, tmp_path):
+    done = script("sample.py", tmp_path / "gone", "--prompt", "x")
+    assert done.returncode == 1 and "there is no model directory" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_tokenizer_is_refused_with_both_names(trained, script, tmp_path):
+    other = tmp_path / "other.json"
+    train_bpe(["some other text entirely"] * 9, "bpe-other", vocab_size=270).save(other)
+    done = script("sample.py", trained, "--prompt", "x", "--tokenizer", other)
+    assert done.returncode == 1 and "bpe-other" in done.stderr and "bpe-tiny" in done.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    shutil.copy(other, copy / "tokenizer.json")
+    done = script("sample.py", copy, "--prompt", "x")
+    assert done.returncode == 1 and "bpe-other" in done.stderr and "bpe-tiny" in done.stderr
+
+
+def test_a_nanogpt_checkpoint_needs_a_tokenizer_and_then_samples(trained, script, tmp_path):
+    model, metadata = CheckpointManager.load_model(trained)
+    arguments = json.loads((trained / "model_args.json").read_text())
+    torch.save(
+        {"model": model.state_dict(), "model_args": arguments, "config": metadata["config"]}, tmp_path / "ckpt.pt"
+    )
+    done = script("sample.py", tmp_path, "--prompt", "x")
+    assert done.returncode == 1 and "name one with --tokenizer" in done.stderr
+    done = script(
+        "sample.py", tmp_path, "--prompt", "the", "--tokenizer", trained / "tokenizer.json", "--max_new_tokens", 5
+    )
+    assert done.returncode == 0 and done.stdout.startswith("the")

@@ -1,0 +1,453 @@
+"""train.py: exact resume, what a stop leaves behind, and what is refused before anything is built."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, TINY, command
+
+import configurator
+import train
+from checkpoint import CheckpointManager
+from data.batches import BlockSampler, fixed_batches
+from data.tokens import load_dataset
+from distributed import Ranks
+from preflight import prepare_start
+
+CPU = torch.device("cpu")
+
+
+def trainer(dataset: Path, out_dir: Path, *settings) -> train.Trainer:
+    config, given = configurator.load([f"dataset={dataset}", f"out_dir={out_dir}", "compile=false", *QUICK, *settings])
+    return train.Trainer(prepare_start(config, given, Ranks()), CPU, Ranks())
+
+
+def history(directory: Path) -> list[dict]:
+    """metrics.jsonl without the one number that time decides."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two states differ, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        return [d for k in a.keys() | b.keys() for d in differences(a[k], b[k], f"{path}.{k}")]
+    if isinstance(a, list | tuple):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def state(directory: Path) -> dict:
+    loaded = CheckpointManager.load_training_state(directory)
+    del loaded["config"]["out_dir"]
+    return loaded
+
+
+def wait_for(directory: Path, iteration: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = directory / "metrics.jsonl"
+        if path.exists() and any(f'"iter": {iteration},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"iteration {iteration} was never reached: {process.communicate()}")
+
+
+# ---- exact resume
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(dataset, tmp_path, script, dtype):
+    settings = (f"dataset={dataset}", *QUICK, f"dtype={dtype}", "dropout=0.2", "max_iters=60", "eval_interval=7")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    done = script("train.py", *settings, f"out_dir={straight}")
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        command("train.py", *settings, f"out_dir={stopped}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(stopped, 30, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"saved in {stopped}" in out and "--init_from=resume" in out
+    assert 30 <= state(stopped)["iter_num"] < 60
+    done = script("train.py", "init_from=resume", f"out_dir={stopped}")
+    assert done.returncode == 0, done.stderr
+    assert history(stopped) == history(straight)
+    assert differences(state(stopped), state(straight)) == []
+    best = [CheckpointManager.load_model(d)[0].state_dict() for d in (stopped, straight)]
+    assert differences(*best) == []
+
+
+def test_a_killed_run_goes_on_from_its_last_save_and_no_step_is_recorded_twice(dataset, tmp_path, script):
+    settings = (f"dataset={dataset}", *QUICK, "dropout=0.2", "max_iters=40", "eval_interval=10")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert script("train.py", *settings, f"out_dir={straight}").returncode == 0
+    process = subprocess.Popen(command("train.py", *settings, f"out_dir={killed}"), stdout=subprocess.DEVNULL)
+    wait_for(killed, 25, process)
+    process.kill()
+    process.wait()
+    assert script("train.py", "init_from=resume", f"out_dir={killed}").returncode == 0
+    assert history(killed) == history(straight)
+    assert differences(state(killed), state(straight)) == []
+
+
+def test_evaluation_draws_nothing_from_the_training_generators(dataset, tmp_path):
+    often, never = (
+        trainer(dataset, tmp_path / n, "max_iters=8", "dropout=0.3", f"eval_interval={i}")
+        for n, i in (("a", 1), ("b", 8))
+    )
+    for run in (often, never):
+        torch.manual_seed(5)
+        run.run(train.StopSignal())
+    assert differences(often.raw_model.state_dict(), never.raw_model.state_dict()) == []
+
+
+def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
+    settings = (f"dataset={dataset}", *QUICK, "max_iters=100000", "eval_interval=100000")
+    process = subprocess.Popen(command("train.py", *settings, f"out_dir={tmp_path / 'a'}"), stdout=subprocess.PIPE)
+    wait_for(tmp_path / "a", 3, process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert CheckpointManager.verify(tmp_path / "a") == []
+
+    run = trainer(dataset, tmp_path / "b", "max_iters=5")
+    pid = os.fork()
+    if pid == 0:
+        with train.StopSignal():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(train.GATHERED_SIGNAL_SECONDS + 0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert run.iter_num == 0
+
+
+# ---- what is saved
+
+
+def test_best_only_falls_and_ckpt_holds_it_while_last_goes_on(dataset, tmp_path, monkeypatch):
+    run = trainer(dataset, tmp_path / "x", "max_iters=5", "eval_interval=1")
+    losses = iter([3.0, 2.0, 2.5, 1.5, 4.0, 1.7])
+    weights = {}
+
+    def scripted(self):
+        loss = next(losses)
+        weights[loss] = self.raw_model.lm_head.weight.detach().clone()
+        return {"train_loss": loss, "val_loss": loss}
+
+    monkeypatch.setattr(train.Trainer, "evaluate", scripted)
+    run.run(train.StopSignal())
+    model, metadata = CheckpointManager.load_model(tmp_path / "x")
+    assert metadata["best_val_loss"] == 1.5 and metadata["iter_num"] == 3
+    assert torch.equal(model.lm_head.weight, weights[1.5])
+    last = CheckpointManager.load_training_state(tmp_path / "x")
+    assert (last["iter_num"], last["best_val_loss"]) == (5, 1.5)
+    assert torch.equal(last["model"]["lm_head.weight"], weights[1.7])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=50", "eval_interval=2", "save_minutes=0")
+    poisoned = run.sampler.batch
+
+    def batch(first, count):
+        if run.iter_num == 5:
+            with torch.no_grad():
+                run.raw_model.transformer.ln_f.weight.fill_(math.inf)
+        return poisoned(first, count)
+
+    run.sampler.batch = batch
+    with pytest.raises(FloatingPointError) as error:
+        run.run(train.StopSignal())
+    message = str(error.value)
+    assert "at iteration 5 with learning rate" in message and f"iteration 4 is safe in {tmp_path / 'x'}" in message
+    last = CheckpointManager.load_training_state(tmp_path / "x")
+    assert last["iter_num"] == 4
+    assert all(torch.isfinite(t).all() for t in last["model"].values())
+
+
+def test_a_learning_rate_that_explodes_is_one_sentence_and_exit_code_1(dataset, tmp_path, script):
+    done = script(
+        "train.py",
+        f"dataset={dataset}",
+        f"out_dir={tmp_path / 'x'}",
+        *QUICK,
+        "max_iters=200",
+        "learning_rate=1e30",
+        "grad_clip=0",
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "learning rate" in done.stderr and "is safe in" in done.stderr
+
+
+def test_the_first_save_comes_before_the_first_step_and_then_by_minutes(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=6", "eval_interval=1000", "save_minutes=0.000001")
+    saved = []
+    plain = run.save
+    run.save = lambda best: (saved.append(run.iter_num), plain(best))
+    run.run(train.StopSignal())
+    assert saved == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_directory_of_a_run_is_complete(dataset, tmp_path, script):
+    out = tmp_path / "x"
+    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=4", "eval_interval=2")
+    assert done.returncode == 0, done.stderr
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    listed = {"ckpt.pt", "config.json", "model_args.json", "tokenizer.json", "README.md", "loss.png", "last/state.pt"}
+    assert names == listed | {"export_meta.json", "training_log.txt", "metrics.jsonl"}
+    meta = json.loads((out / "export_meta.json").read_text())
+    assert set(meta["files"]) == listed
+    assert meta["dataset"]["name"] == "tiny" and meta["tokenizer"]["name"] == "bpe-tiny"
+    assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {0o644}
+    assert json.loads((out / "config.json").read_text())["n_embd"] == 32
+    assert "iteration 4/4" in done.stdout and "tokens/s" in done.stdout and "ETA" in done.stdout
+    assert "bits per byte" in done.stdout and "sample:" in done.stdout
+
+
+def test_a_full_disk_stops_the_run_with_one_sentence_and_the_last_save_intact(dataset, tmp_path, script):
+    out = tmp_path / "x"
+    settings = (f"dataset={dataset}", f"out_dir={out}", *QUICK, "eval_interval=2")
+    assert script("train.py", *settings, "max_iters=4").returncode == 0
+    before = state(out)
+    limited = f"ulimit -f 64; exec {' '.join(command('train.py', 'init_from=resume', f'out_dir={out}', 'max_iters=8'))}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot write" in done.stderr and "intact" in done.stderr and "Traceback" not in done.stderr
+    assert differences(state(out), before) == []
+    assert CheckpointManager.verify(out) == []
+
+
+# ---- data order, schedule, optimizer
+
+
+def test_an_epoch_visits_every_block_once_and_the_next_in_another_order():
+    tokens = np.arange(1003, dtype=np.uint16)
+    sampler = BlockSampler(tokens, 10, seed=3)
+    epochs = [[sampler.start(e * sampler.blocks + i) for i in range(sampler.blocks)] for e in range(3)]
+    for starts in epochs:
+        assert len(set(starts)) == 100 and {s % 10 for s in starts} == {starts[0] % 10}
+        assert max(starts) + 10 < len(tokens)
+    assert epochs[0] != epochs[1]
+    x, y = sampler.batch(95, 10)
+    assert torch.equal(x + 1, y) and x.shape == (10, 10)
+    again = BlockSampler(tokens, 10, seed=3)
+    assert [again.start(250), again.start(7)] == [epochs[2][50], epochs[0][7]]
+    assert [BlockSampler(tokens, 10, seed=4).start(i) for i in range(100)] != epochs[0]
+
+
+def test_evaluation_batches_are_fixed_spread_and_do_not_overlap():
+    tokens = np.arange(1000)
+    batches = fixed_batches(tokens, 10, 4, 5)
+    starts = list(chain(*batches))
+    assert len(batches) == 5 and len(starts) == 20 and starts[0] == 0 and starts[-1] == 989
+    assert all(b - a >= 10 for a, b in pairwise(starts))
+    assert sum(map(len, fixed_batches(tokens, 10, 64, 5))) == 99
+
+
+def test_the_schedules_warm_up_decay_and_end_where_they_say():
+    config = configurator.RunConfig(max_iters=100, warmup_iters=10, learning_rate=1.0)
+    rates = [train.learning_rate(step, config) for step in range(120)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55) and rates[100] == rates[119] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    wsd = replace(config, schedule="wsd", cooldown_iters=20, min_lr=0.0)
+    rates = [train.learning_rate(step, wsd) for step in range(101)]
+    assert set(rates[10:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[100] == 0.0
+
+
+def test_weight_decay_is_on_matrices_only(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "bias=true")
+    decayed, plain = run.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and {p.dim() for p in decayed["params"]} == {2}
+    assert plain["weight_decay"] == 0.0 and {p.dim() for p in plain["params"]} == {1}
+    assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(list(run.raw_model.parameters()))
+
+
+def test_accumulated_gradients_equal_those_of_one_big_batch(dataset, tmp_path):
+    gradients = []
+    for batch_size, steps in ((8, 1), (2, 4)):
+        run = trainer(
+            dataset,
+            tmp_path / f"{steps}",
+            f"batch_size={batch_size}",
+            f"gradient_accumulation_steps={steps}",
+            "grad_clip=0",
+        )
+        run.optimizer.zero_grad = lambda set_to_none: None
+        run.step()
+        gradients.append([p.grad for p in run.raw_model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text(dataset, tmp_path):
+    metrics = trainer(dataset, tmp_path / "x").evaluate()
+    meta = load_dataset(dataset).meta["val"]
+    expected = metrics["val_loss"] * meta["tokens"] / (math.log(2) * meta["bytes"])
+    assert metrics["val_bits_per_byte"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(dataset, tmp_path):
+    settings = (f"dataset={dataset}", *QUICK, "max_iters=6", "eval_interval=3", "gradient_accumulation_steps=4")
+    for size in (1, 2):
+        launcher = [command("x")[0], "-m", "torch.distributed.run", f"--nproc_per_node={size}", "--master_port=29611"]
+        done = subprocess.run(
+            [*launcher, *command("train.py", *settings, f"out_dir={tmp_path / str(size)}")[1:]],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(*(history(tmp_path / str(size)) for size in (1, 2)), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    one, two = (state(tmp_path / str(size)) for size in (1, 2))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(weight, two["model"][name], atol=2e-4, rtol=1e-3)
+    assert len(two["generators"]) == 2
+
+
+# ---- refusals
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory, script) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "gpt-46K-tiny-pretrain"
+    done = script(
+        "train.py",
+        f"dataset={dataset}",
+        f"out_dir={out}",
+        *QUICK,
+        "max_iters=4",
+        "eval_interval=2",
+        "learning_rate=0.01",
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_a_run_is_not_written_over(dataset, finished, script):
+    before = state(finished)
+    done = script("train.py", f"dataset={dataset}", f"out_dir={finished}", *QUICK)
+    refused(done, "already holds a run, at iteration 4", "--init_from=resume")
+    assert differences(state(finished), before) == []
+
+
+def test_resume_refuses_another_architecture_and_warns_of_other_changes(finished, script):
+    resume = ("train.py", "init_from=resume", f"out_dir={finished}")
+    refused(script(*resume, "n_layer=3"), "n_layer was 2 in the saved run and is 3 now (argument n_layer=3)")
+    done = script(*resume, "max_iters=5", "learning_rate=0.002")
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate was 0.01 in the saved run and is 0.002 now" in done.stdout
+
+
+def test_resume_refuses_other_tokens(dataset, finished, tmp_path, script):
+    from conftest import documents
+
+    from data.tokens import write_dataset
+    from tokenizer import Tokenizer
+
+    other = tmp_path / "other"
+    tokenizer = Tokenizer.load(dataset / "tokenizer.json")
+    write_dataset(other, documents(seed=9), tokenizer, name="other", source="tests", licence="none", val_fraction=0.1)
+    done = script("train.py", "init_from=resume", f"out_dir={finished}", f"dataset={other}")
+    refused(done, "was trained on tiny", "holds other", "resume needs the same tokens")
+
+
+def test_another_models_weights_are_a_start_and_its_tokenizer_is_checked(dataset, finished, tmp_path, script):
+    from conftest import documents
+
+    from data.tokens import write_dataset
+    from tokenizer import train_bpe
+
+    start = ("train.py", f"init_from={finished}", f"out_dir={tmp_path / 'ft'}", *QUICK[len(TINY) :], "max_iters=2")
+    done = script(*start, f"dataset={dataset}", "block_size=16", "dropout=0.1")
+    assert done.returncode == 0, done.stderr
+    model, _ = CheckpointManager.load_model(tmp_path / "ft")
+    assert (model.config.block_size, model.config.dropout) == (16, 0.1)
+    first = json.loads((tmp_path / "ft" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["val_loss"] < 5.5, "the weights of the base were not taken"
+
+    other = tmp_path / "other"
+    tokenizer = train_bpe(documents(seed=9), "bpe-other", vocab_size=300)
+    write_dataset(other, documents(seed=9), tokenizer, name="other", source="tests", licence="none", val_fraction=0.1)
+    refused(
+        script(*start, f"dataset={other}"), "reads tokens of bpe-tiny", "bpe-other", "prepare the data with --tokenizer"
+    )
+    refused(script(*start, f"dataset={dataset}", "n_layer=7"), "n_layer=7", "is not what")
+
+
+def test_everything_wrong_is_said_at_once(dataset, tmp_path, script):
+    out = tmp_path / "models" / "my-model"
+    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "block_size=100000", "vocab_size=100")
+    refused(done, "'my-model' is not", "the convention's name is", "block_size 100,000 needs 100,001")
+    assert not out.exists()
+
+
+def test_under_models_the_name_must_be_the_models(dataset, tmp_path, script):
+    wrong = tmp_path / "models" / "gpt-38M-tiny-pretrain"
+    done = script("train.py", f"dataset={dataset}", f"out_dir={wrong}", *QUICK)
+    refused(done, "says 38M, and the model has 45,792", "gpt-46K-tiny-pretrain")
+    elsewhere = script("train.py", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *QUICK, "max_iters=3")
+    assert elsewhere.returncode == 0 and "the convention's name is" in elsewhere.stdout
+
+
+def test_without_an_out_dir_the_convention_gives_one(dataset, tmp_path, script):
+    done = script("train.py", f"dataset={dataset}", *QUICK, "max_iters=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["gpt-46K-tiny-pretrain"]
+    done = script("train.py", f"dataset={dataset}", "init_from=resume", *QUICK, "max_iters=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("dataset=nowhere",), "there is no dataset nowhere"),
+        (("init_from=nowhere",), "nowhere"),
+        (("init_from=resume", "out_dir=nowhere"), "there is no model directory nowhere"),
+        (("device=cuda:9",), "device=cuda:9 cannot be used here"),
+        (("batchsize=3",), "did you mean 'batch_size'?"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_exit_code_1(dataset, tmp_path, script, arguments, words):
+    done = script("train.py", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *QUICK, *arguments)
+    refused(done, words)
+
+
+def test_a_read_only_folder_is_one_sentence(dataset, tmp_path, script):
+    folder = tmp_path / "closed"
+    folder.touch()  # a file where a folder should be stops root too, whom permissions do not
+    refused(script("train.py", f"dataset={dataset}", f"out_dir={folder / 'x'}", *QUICK), str(folder))
+
+
+def test_two_runs_cannot_write_to_one_directory(dataset, tmp_path, script):
+    settings = (f"dataset={dataset}", *QUICK, "max_iters=100000", f"out_dir={tmp_path / 'x'}")
+    process = subprocess.Popen(command("train.py", *settings), stdout=subprocess.DEVNULL)
+    try:
+        wait_for(tmp_path / "x", 2, process)
+        refused(
+            script("train.py", "init_from=resume", f"out_dir={tmp_path / 'x'}"), "is being written by another process"
+        )
+    finally:
+        process.kill()
+        process.wait()
