@@ -196,6 +196,12 @@ class CheckpointManager:
         return _load(directory, STATE, device)
 
     @staticmethod
+    def find_tokenizer(path: str | Path) -> Path | None:
+        """The tokenizer.json of a model directory, or None where it has none (nanoGPT's)."""
+        stored = _locate(path)[0] / TOKENIZER
+        return stored if stored.exists() else None
+
+    @staticmethod
     def verify(path: str | Path) -> list[str]:
         """Every problem of a model directory: damaged or missing files, unreadable weights. Empty when it is sound."""
         directory, _ = _locate(path)

@@ -213,11 +213,13 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         stop_tokens: Sequence[int] = (),
+        vocab_size: int | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> Iterator[Tensor]:
         """Yield one token (B,) at a time after the prompt (B, T); temperature 0 is greedy.
 
+        Ids from `vocab_size` on are never drawn: a model may have more rows than its tokenizer has tokens.
         Only the last block_size tokens are seen. Once the context slides, every token has a new position, so cached
         keys would be stale: from there on each step reads the window anew, and the cache never changes a token.
         """
@@ -236,7 +238,7 @@ class GPT(nn.Module):
                     cache = None
                 unseen = idx if cache is None else idx[:, cache.length :]
                 logits, _ = self(unseen, cache=cache)
-                token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+                token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
                 if step:
                     token = torch.where(stopped, idx[:, -1], token)
                 stopped |= torch.isin(token, stops)

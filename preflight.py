@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import files
-from checkpoint import TOKENIZER, WEIGHTS, CheckpointManager, ModelName, build_model, size_label
+from checkpoint import WEIGHTS, CheckpointManager, ModelName, build_model, size_label
 from configurator import RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset
 from distributed import Ranks
@@ -41,7 +41,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks, say: C
     """
     if config.init_from == "resume":
         return _resume(config, given, ranks, say)
-    dataset = find_dataset(config.dataset, ranks, say)
+    stored = CheckpointManager.find_tokenizer(config.init_from) if config.init_from != "scratch" else None
+    dataset = find_dataset(config.dataset, ranks, say, stored)
     if config.init_from == "scratch":
         model, architecture = None, config.model_config(dataset.vocab_size)
     else:
@@ -93,14 +94,18 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None]) -> Dataset:
-    """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first."""
+def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None], tokenizer: Path | None = None) -> Dataset:
+    """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
+
+    `tokenizer` is the tokenizer.json to prepare it with, where the model that will read it has one already.
+    """
     path = Path(name).expanduser()
     directory = path if len(path.parts) > 1 else ROOT / "data" / name
     script = directory / "prepare.py"
     if ranks.main and script.is_file() and not (directory / "train.bin").exists():
         say(f"{directory} has no token files yet; running {script.name} there")
-        code = subprocess.run([sys.executable, str(script)], check=False).returncode
+        options = ["--tokenizer", str(tokenizer)] if tokenizer else []
+        code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
         if code:
             raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
     ranks.agree(None)  # the others wait here
@@ -116,14 +121,14 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
     Raises ValueError where the settings or the dataset's tokenizer contradict it.
     """
     source = Path(config.init_from)
-    model, metadata = CheckpointManager.load_model(source)
+    model, _ = CheckpointManager.load_model(source)
     problems = [
         f"{key}={getattr(config, key)} ({given[key]}) is not what {source} has, {getattr(model.config, key)}"
         for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
         if key in given and getattr(config, key) not in (None, getattr(model.config, key))
     ]
-    stored = metadata["directory"] / TOKENIZER
-    if stored.exists() and dataset.tokenizer_path:
+    stored = CheckpointManager.find_tokenizer(source)
+    if stored and dataset.tokenizer_path:
         theirs, ours = Tokenizer.load(stored), Tokenizer.load(dataset.tokenizer_path)
         if theirs.fingerprint != ours.fingerprint:
             problems.append(

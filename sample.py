@@ -72,6 +72,7 @@ def sample(arguments: argparse.Namespace) -> None:
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             stop_tokens=[tokenizer.eot],
+            vocab_size=tokenizer.vocab_size,
             generator=generator,
         ):
             if token.item() != tokenizer.eot:

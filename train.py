@@ -109,6 +109,7 @@ class Trainer:
         torch.manual_seed(config.seed + ranks.rank)
         if start.state is not None:
             self._restore(start.state)
+        self.log.rewind(self.iter_num if start.state is not None else -1)
         self.model = torch.compile(self.raw_model) if config.compile == "true" else self.raw_model
         if ranks.size > 1:
             local = [ranks.local] if device.type == "cuda" else None
@@ -201,6 +202,8 @@ class Trainer:
 
     def save(self, best: bool) -> None:
         """Write the directory: always last/state.pt; with `best`, ckpt.pt too. Collective: every rank calls it."""
+        if not all(torch.isfinite(p).all() for p in self.raw_model.parameters()):
+            raise self._not_finite("the weights are not finite", learning_rate(self.iter_num, self.config))
         generators = self.ranks.gather(self._generators())
         self.saved_at, self.last_save = self.iter_num, time.monotonic()
         if not self.ranks.main:
@@ -246,7 +249,6 @@ class Trainer:
             torch.set_rng_state(own["cpu"])
             if self.device.type == "cuda" and own["cuda"] is not None:
                 torch.cuda.set_rng_state(own["cuda"], self.device)
-        self.log.rewind(self.iter_num)
 
     def _generators(self) -> dict[str, Tensor | None]:
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -279,7 +281,12 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         with autocast(self.device, self.config.dtype):
             ids = self.raw_model.generate(
-                prompt, self.config.sample_tokens, top_k=50, stop_tokens=[self.tokenizer.eot], generator=generator
+                prompt,
+                self.config.sample_tokens,
+                top_k=50,
+                stop_tokens=[self.tokenizer.eot],
+                vocab_size=self.tokenizer.vocab_size,
+                generator=generator,
             )
         text = " ".join(self.tokenizer.decode(ids[0, 1:].tolist()).replace("<|endoftext|>", "").split())
         self.log.say(f"  sample: {text or '(end of text at once)'}")
@@ -300,8 +307,8 @@ class Trainer:
             else "nothing was saved yet"
         )
         return FloatingPointError(
-            f"{what} at iteration {self.iter_num:,} with learning rate {rate:.2e}; training stopped before the weights "
-            f"took it in, and {kept}. A lower learning_rate, a longer warmup_iters or a smaller grad_clip usually helps"
+            f"{what} at iteration {self.iter_num:,} with learning rate {rate:.2e}; it stopped before any of that was "
+            f"saved, and {kept}. A lower learning_rate, a longer warmup_iters or a smaller grad_clip usually helps"
         )
 
 
@@ -337,6 +344,9 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
         log.say(
             f"going on at iteration {trainer.iter_num:,}, learning rate {learning_rate(trainer.iter_num, config):.2e}"
         )
+    if trainer.iter_num >= config.max_iters:
+        log.say(f"nothing is left to do: the run has its {config.max_iters:,} steps; a higher --max_iters goes on")
+        return
     log.say(
         "the first save comes with the first evaluation, before the first step; "
         f"then every {config.eval_interval} steps"
@@ -351,7 +361,8 @@ def train(arguments: list[str]) -> int:
     start = prepare_start(config, given, ranks, print)
     device = pick_device(start.config.device, ranks.local)
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
-        files.recover(start.directory)
+        if ranks.main:
+            files.recover(start.directory)
         notes = start.notes + pick_precision(start, device, ranks)
         trainer = Trainer(start, device, ranks)
         announce(trainer, notes)

@@ -209,6 +209,12 @@ def test_generation_stops_when_every_row_has_met_a_stop_token():
     assert stopped.size(1) < 30
 
 
+def test_ids_beyond_the_tokenizers_are_never_drawn():
+    model, x = randomised(tiny()), tokens(4, 4)
+    drawn = model.generate(x, 30, vocab_size=10, temperature=5.0, generator=torch.Generator().manual_seed(0))[:, 4:]
+    assert drawn.max() < 10 and drawn.unique().numel() == 10
+
+
 def test_generation_leaves_the_mode_and_the_global_generator_alone():
     model = tiny(dropout=0.5).train()
     before = torch.get_rng_state()

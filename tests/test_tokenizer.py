@@ -351,9 +351,15 @@ class TestFindingGPT2:
         assert lines[5] == f"  {tokenizer.RANKS_URL}: Connection refused"
         assert "NANOFORGE_GPT2_RANKS" in lines[6] and "train a BPE" in lines[7]
 
-    def test_no_download_without_permission(self):
-        with pytest.raises(FileNotFoundError, match="not tried, download is off"):
-            gpt2(download=False)
+    def test_no_download_without_permission(self, monkeypatch):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.settimeout(0)
+            monkeypatch.setattr(tokenizer, "RANKS_URL", f"http://127.0.0.1:{listening.getsockname()[1]}/ranks")
+            monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.5)
+            with pytest.raises(FileNotFoundError, match="not tried, download is off"):
+                gpt2(download=False)
+            with pytest.raises(BlockingIOError):  # nobody is at the door
+                listening.accept()
 
     def test_a_cache_that_is_switched_off_is_said_to_be(self, monkeypatch):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")

@@ -178,6 +178,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(dataset, tmp
     assert all(torch.isfinite(t).all() for t in last["model"].values())
 
 
+def test_weights_that_are_not_finite_are_never_saved_by_a_signal_either(dataset, tmp_path):
+    run, stop = trainer(dataset, tmp_path / "x", "max_iters=50", "eval_interval=1000"), train.StopSignal()
+    step = run.step
+
+    def poisoned_step():
+        result = step()
+        with torch.no_grad():
+            run.raw_model.transformer.ln_f.weight[0] = math.nan
+        stop.number = signal.SIGINT
+        return result
+
+    run.step = poisoned_step
+    with pytest.raises(FloatingPointError, match=r"weights are not finite at iteration 1 .* iteration 0 is safe"):
+        run.run(stop)
+    assert CheckpointManager.load_training_state(tmp_path / "x")["iter_num"] == 0
+
+
+def test_a_run_that_has_all_its_steps_says_so(dataset, finished, script):
+    done = script("train.py", "init_from=resume", f"out_dir={finished}")
+    assert done.returncode == 0 and "nothing is left to do: the run has its 4 steps" in done.stdout
+
+
+def test_a_torn_run_that_is_begun_anew_keeps_none_of_its_numbers(dataset, tmp_path, script):
+    out = tmp_path / "x"
+    settings = ("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=3", "eval_interval=3")
+    assert script(*settings).returncode == 0
+    first = history(out)
+    (out / "export_meta.json").unlink()
+    (out / "ckpt.pt").unlink()
+    assert script(*settings).returncode == 0
+    assert history(out) == first
+
+
 def test_a_learning_rate_that_explodes_is_one_sentence_and_exit_code_1(dataset, tmp_path, script):
     done = script(
         "train.py",
