@@ -44,7 +44,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks, say: C
     stored = CheckpointManager.find_tokenizer(config.init_from) if config.init_from != "scratch" else None
     dataset = find_dataset(config.dataset, ranks, say, stored)
     if config.init_from == "scratch":
-        model, architecture = None, config.model_config(dataset.vocab_size)
+        model, architecture = None, config.model_config(_vocab_size(config, dataset))
     else:
         model = base_model(config, given, dataset)
         architecture = model.config
@@ -66,7 +66,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks, say: Callabl
     if config.out_dir:
         directory = Path(config.out_dir)
     else:
-        vocab_size = find_dataset(config.dataset, ranks, say).vocab_size
+        vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks, say))
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
     state = CheckpointManager.load_training_state(directory)
     config, notes, problems = merge_resumed(config, given, state["config"])
@@ -99,8 +99,8 @@ def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None], tokenizer:
 
     `tokenizer` is the tokenizer.json to prepare it with, where the model that will read it has one already.
     """
-    path = Path(name).expanduser()
-    directory = path if len(path.parts) > 1 else ROOT / "data" / name
+    path, known = Path(name).expanduser(), ROOT / "data" / name
+    directory = known if known.is_dir() or not path.is_dir() else path
     script = directory / "prepare.py"
     if ranks.main and script.is_file() and not (directory / "train.bin").exists():
         say(f"{directory} has no token files yet; running {script.name} there")
@@ -110,9 +110,18 @@ def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None], tokenizer:
             raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
     ranks.agree(None)  # the others wait here
     if not directory.is_dir():
-        known = ", ".join(sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
-        raise FileNotFoundError(f"there is no dataset {name}; data/ has {known}, and the path of a folder will do too")
+        names = ", ".join(sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
+        raise FileNotFoundError(f"there is no dataset {name}; data/ has {names}, and the path of a folder will do too")
     return load_dataset(directory)
+
+
+def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
+    if not (config.vocab_size or dataset.vocab_size):
+        raise ValueError(
+            f"{dataset.directory} has no meta.json to say how many tokens its tokenizer has: say it with --vocab_size "
+            "(GPT-2's has 50257)"
+        )
+    return config.vocab_size or dataset.vocab_size
 
 
 def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GPT:
@@ -128,13 +137,12 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
         if key in given and getattr(config, key) not in (None, getattr(model.config, key))
     ]
     stored = CheckpointManager.find_tokenizer(source)
-    if stored and dataset.tokenizer_path:
-        theirs, ours = Tokenizer.load(stored), Tokenizer.load(dataset.tokenizer_path)
-        if theirs.fingerprint != ours.fingerprint:
-            problems.append(
-                f"{source} reads tokens of {theirs.name} ({theirs.fingerprint[:12]}), and {dataset.directory} holds "
-                f"those of {ours.name} ({ours.fingerprint[:12]}): prepare the data with --tokenizer {stored}"
-            )
+    theirs, ours = Tokenizer.load(stored) if stored else None, dataset.tokenizer_fingerprint
+    if theirs and ours and theirs.fingerprint != ours:
+        problems.append(
+            f"{source} reads tokens of {theirs.name} ({theirs.fingerprint[:12]}), and {dataset.directory} holds those "
+            f"of {dataset.meta['tokenizer']['name']} ({ours[:12]}): prepare the data with --tokenizer {stored}"
+        )
     _raise_all(problems)
     arguments = asdict(replace(model.config, dropout=config.dropout))
     model = build_model({"model": model.state_dict(), "model_args": arguments}, source)

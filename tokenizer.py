@@ -226,8 +226,8 @@ def gpt2(ranks: str | os.PathLike | None = None, download: bool = True) -> Token
 def train_bpe(documents: Iterable[str], name: str, vocab_size: int = 50257) -> Tokenizer:
     """Train a byte-level BPE on `documents`: a few seconds for 13 MB. The same documents give the same fingerprint.
 
-    vocab_size counts the 256 bytes and `<|endoftext|>`; ValueError below those 257. A corpus in which not enough pairs
-    occur twice gives a smaller vocabulary: read it from the result.
+    vocab_size counts the 256 bytes and `<|endoftext|>`; ValueError below those 257. A corpus with too few different
+    pairs gives a smaller vocabulary: read it from the result.
     """
     if vocab_size <= len(_BYTES):
         raise ValueError(f"vocab_size is {vocab_size}, and the 256 bytes and {EOT} alone need {len(_BYTES) + 1}")
@@ -238,7 +238,7 @@ def train_bpe(documents: Iterable[str], name: str, vocab_size: int = 50257) -> T
     trained.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.FixedLength(length=256)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
-        min_frequency=2,
+        min_frequency=1,  # the last of 50,000 merges occur once in 13 MB, and the size of the vocabulary is asked for
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -10,7 +10,7 @@ config = {
     # 4 x 256 x 4 = 4,096 tokens a step: small steps learn most from a corpus of a few million tokens
     "batch_size": 4,
     "gradient_accumulation_steps": 4,
-    "max_iters": 1000,
+    "max_iters": 850,
     "learning_rate": 1e-3,  # a small model stands a high rate
     "warmup_iters": 50,
     "eval_interval": 100,

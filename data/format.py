@@ -133,9 +133,13 @@ def _check_size(path: Path, meta: dict, entry: dict | None, remedy: str) -> int:
     return tokens
 
 
-def _check_hash(path: Path, expected: str, remedy: str) -> None:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_hash(path: Path, expected: str, remedy: str) -> None:
+    found = sha256_of(path)
     if found != expected:
         raise ValueError(f"{path} is damaged: its sha256 is {found[:12]}, and {META} says {expected[:12]}{remedy}")
 

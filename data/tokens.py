@@ -17,7 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 import files
-from data.format import FILES, META, SPLITS, TOKENIZER, dtype_of, find_problems, read_meta, token_dtype
+from data.format import (
+    FILES,
+    META,
+    SPLITS,
+    TOKENIZER,
+    dtype_of,
+    find_problems,
+    read_meta,
+    sha256_of,
+    token_dtype,
+)
 from tokenizer import Tokenizer
 
 CHUNK_BYTES = 4 << 20  # text encoded at a time: enough to keep every core busy, and the bound on memory
@@ -229,7 +239,7 @@ class Dataset:
     vocab_size: int | None
     eot: int | None
     tokenizer_path: Path | None
-    fingerprint: str | None  # of the tokens: another one is another dataset
+    fingerprint: str  # of the tokens: another one is another dataset
     tokenizer_fingerprint: str | None
     bytes_per_token: float | None  # of val: loss in nats / ln 2 / bytes_per_token = bits per byte
 
@@ -243,22 +253,20 @@ def load_dataset(directory: str | Path) -> Dataset:
     _raise(find_problems(directory))
     meta = read_meta(directory)
     train, val = (np.memmap(directory / f"{split}.bin", dtype_of(meta), mode="r") for split in SPLITS)
-    if not meta:
-        return Dataset(directory, directory.name, {}, train, val, *[None] * 6)
-    tokenizer = meta["tokenizer"]["fingerprint"]
-    identity = hashlib.sha256("".join((meta["train"]["sha256"], meta["val"]["sha256"], tokenizer)).encode())
+    tokenizer = meta["tokenizer"]["fingerprint"] if meta else None
+    hashes = [meta[split]["sha256"] if meta else sha256_of(directory / f"{split}.bin") for split in SPLITS]
     return Dataset(
         directory=directory,
-        name=meta["name"],
+        name=meta.get("name", directory.resolve().name),
         meta=meta,
         train=train,
         val=val,
-        vocab_size=meta["vocab_size"],
-        eot=meta["eot"],
-        tokenizer_path=directory / TOKENIZER,
-        fingerprint=identity.hexdigest(),
+        vocab_size=meta.get("vocab_size"),
+        eot=meta.get("eot"),
+        tokenizer_path=directory / TOKENIZER if meta else None,
+        fingerprint=hashlib.sha256("".join((*hashes, tokenizer or "")).encode()).hexdigest(),
         tokenizer_fingerprint=tokenizer,
-        bytes_per_token=meta["val"]["bytes"] / meta["val"]["tokens"],
+        bytes_per_token=meta["val"]["bytes"] / meta["val"]["tokens"] if meta else None,
     )
 
 

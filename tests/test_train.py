@@ -429,6 +429,22 @@ def test_another_models_weights_are_a_start_and_its_tokenizer_is_checked(dataset
     refused(script(*start, f"dataset={dataset}", "n_layer=7"), "n_layer=7", "is not what")
 
 
+def test_a_nanogpt_dataset_trains_resumes_and_is_known_again(tmp_path, script):
+    folder = tmp_path / "shakespeare_char"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for split in ("train", "val"):
+        draw.integers(0, 65, 2000).astype("<u2").tofile(folder / f"{split}.bin")
+    settings = ("train.py", f"dataset={folder}", f"out_dir={tmp_path / 'x'}", *QUICK, "max_iters=3")
+    refused(script(*settings), "say it with --vocab_size")
+    refused(script(*settings, "vocab_size=60"), "outside the model's vocab_size 60")
+    done = script(*settings, "vocab_size=65")
+    assert done.returncode == 0, done.stderr
+    assert script("train.py", "init_from=resume", f"out_dir={tmp_path / 'x'}", "max_iters=4").returncode == 0
+    draw.integers(0, 65, 2000).astype("<u2").tofile(folder / "train.bin")
+    refused(script("train.py", "init_from=resume", f"out_dir={tmp_path / 'x'}", "max_iters=5"), "needs the same tokens")
+
+
 def test_everything_wrong_is_said_at_once(dataset, tmp_path, script):
     out = tmp_path / "models" / "my-model"
     done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "block_size=100000", "vocab_size=100")
