@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import files
+import lora
 from model import GPT, GPTConfig
 
 WEIGHTS = "ckpt.pt"
@@ -176,10 +177,16 @@ class CheckpointManager:
         """The best weights of a directory, or of a nanoGPT ckpt.pt, as (model, metadata).
 
         metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
+        With apply_lora, the model is frozen and has a new adapter to train; `lora_config` has LoRAConfig's settings in
+        any of its spellings.
         """
+        if lora_config and not apply_lora:
+            raise ValueError("lora_config is given, but apply_lora is not true")
         directory, name = _locate(path)
         checkpoint = _load(directory, name, device)
         model = build_model(checkpoint, directory / name)
+        if apply_lora:
+            lora.apply_lora(model, lora.LoRAConfig.from_dict(lora_config or {}))
         kept = ("model_args", "config", "iter_num", "best_val_loss")
         metadata = {key: checkpoint.get(key) for key in kept}
         return model, {**metadata, "directory": directory, "export_meta": files.read_marker(directory)}

@@ -32,7 +32,8 @@ class RunConfig:
     out_dir: str = setting("", "model directory; empty: models/ and the name the convention gives")
     init_from: str = setting("scratch", "scratch, resume, or a model directory whose weights to start from")
     dataset: str = setting(
-        "scientific", "folder under data/, or the path of one; prepared when missing", resume="refuse"
+        "scientific",
+        "folder under data/, or the path of one; prepared when missing; other tokens are refused on resume",
     )
     seed: int = setting(1337, "decides weights, order of the data and dropout", resume="warn")
 

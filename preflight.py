@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,16 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks, say: Callable[[str], None] = print) -> Start:
+def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     """Find or make everything a run needs. `given` maps the settings that were given to where they were.
 
     Raises ValueError that lists every problem, before a run's directory is touched; FileNotFoundError where a dataset
     or model is missing.
     """
     if config.init_from == "resume":
-        return _resume(config, given, ranks, say)
+        return _resume(config, given, ranks)
     stored = CheckpointManager.find_tokenizer(config.init_from) if config.init_from != "scratch" else None
-    dataset = find_dataset(config.dataset, ranks, say, stored)
+    dataset = find_dataset(config.dataset, ranks, stored)
     if config.init_from == "scratch":
         model, architecture = None, config.model_config(_vocab_size(config, dataset))
     else:
@@ -62,15 +61,15 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks, say: C
     )
 
 
-def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks, say: Callable[[str], None]) -> Start:
+def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if config.out_dir:
         directory = Path(config.out_dir)
     else:
-        vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks, say))
+        vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
     state = CheckpointManager.load_training_state(directory)
     config, notes, problems = merge_resumed(config, given, state["config"])
-    dataset = find_dataset(config.dataset, ranks, say)
+    dataset = find_dataset(config.dataset, ranks)
     saved = state["dataset"]
     if saved["fingerprint"] != dataset.fingerprint:
         problems.append(
@@ -94,7 +93,7 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None], tokenizer: Path | None = None) -> Dataset:
+def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Dataset:
     """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
 
     `tokenizer` is the tokenizer.json to prepare it with, where the model that will read it has one already.
@@ -103,7 +102,7 @@ def find_dataset(name: str, ranks: Ranks, say: Callable[[str], None], tokenizer:
     directory = known if known.is_dir() or not path.is_dir() else path
     script = directory / "prepare.py"
     if ranks.main and script.is_file() and not (directory / "train.bin").exists():
-        say(f"{directory} has no token files yet; running {script.name} there")
+        print(f"{directory} has no token files yet; running {script.name} there", flush=True)
         options = ["--tokenizer", str(tokenizer)] if tokenizer else []
         code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
         if code:

@@ -121,7 +121,7 @@ class Trainer:
         """Train; evaluate and save when due. Returns 0, or the signal that stopped it. Raises FloatingPointError when
         a loss is not finite, before it can reach the weights or a file."""
         config = self.config
-        self.began, self.began_at, self.last_save = time.monotonic(), self.iter_num, time.monotonic()
+        self.began_at, self.last_save = self.iter_num, time.monotonic()
         while True:
             stopping, save_due = self._agree_on_stop(stop)
             finished = self.iter_num >= config.max_iters
@@ -133,6 +133,8 @@ class Trainer:
             if stopping or finished:
                 return stopping
             start = time.monotonic()
+            if self.iter_num == self.began_at:
+                self.began = start  # the evaluation before the first step says nothing about the time that is left
             loss, rate, norm = self.step()
             self._report(loss, rate, norm, time.monotonic() - start)
 
@@ -358,7 +360,7 @@ def train(arguments: list[str]) -> int:
     """Run train.py with these arguments; the exit code: 0, or 128 + the signal that stopped it."""
     config, given = configurator.load(arguments)
     ranks = Ranks()
-    start = prepare_start(config, given, ranks, print)
+    start = prepare_start(config, given, ranks)
     device = pick_device(start.config.device, ranks.local)
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
         if ranks.main:

@@ -127,6 +127,21 @@ def test_a_saved_model_loads_from_the_directory_and_from_its_ckpt(tmp_path, chan
     assert not CheckpointManager.load_model_for_inference(tmp_path / "m").training
 
 
+def test_a_model_loads_with_an_adapter_to_train(tmp_path):
+    saved = save(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    loaded, _ = CheckpointManager.load_model(path, apply_lora=True, lora_config={"rank": 4, "alpha": 8})
+    trainable = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    per_layer = [(16, 48), (16, 16), (16, 64), (64, 16)]  # c_attn, attn.c_proj, c_fc, mlp.c_proj
+    assert trainable == 2 * sum(4 * (i + o) for i, o in per_layer)
+    x = torch.arange(16)[None]
+    assert torch.equal(loaded(x, x)[0], saved(x, x)[0])
+    with pytest.raises(ValueError, match="unknown LoRA setting 'rnk'"):
+        CheckpointManager.load_model(path, apply_lora=True, lora_config={"rnk": 4})
+    with pytest.raises(ValueError, match="apply_lora is not true"):
+        CheckpointManager.load_model(path, lora_config={"rank": 4})
+
+
 def test_a_tied_model_is_stored_once(tmp_path):
     save(tmp_path / "tied", vocab_size=20_000)
     save(tmp_path / "untied", vocab_size=20_000, tie_word_embeddings=False)
