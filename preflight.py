@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 import files
-from checkpoint import WEIGHTS, CheckpointManager, ModelName, build_model, size_label
+from checkpoint import WEIGHTS, CheckpointManager, build_model
 from configurator import RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset
 from distributed import Ranks
 from model import GPT, GPTConfig
+from naming import ModelName, size_label
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import files
-from checkpoint import CheckpointManager, ModelName, size_label
+from checkpoint import CheckpointManager, ModelName
 from model import GPT, GPTConfig
+from naming import size_label
 
 CONFIG = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 
