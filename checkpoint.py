@@ -69,6 +69,8 @@ class CheckpointManager:
         by name. Raises files.SaveError when the disk refuses; what was saved before is then untouched.
         """
         directory, model = Path(directory), bare(model)
+        if lora.adapter_names(model):
+            raise ValueError(f"{directory}: the model still has adapters; merge them first (lora.merge_lora)")
         arguments = model_args(model.config)
         common = {
             "model": model.state_dict(),

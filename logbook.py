@@ -28,8 +28,7 @@ class Logbook:
             return
         self._print(text)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(self.directory / LOG, "a", encoding="utf-8") as log:
-            log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+        self._append(LOG, "".join(f"{stamp} {line}\n" for line in text.splitlines()))
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; nothing where the output is a file."""
@@ -40,8 +39,7 @@ class Logbook:
     def metric(self, record: dict[str, Any]) -> None:
         """One JSON object on one line of metrics.jsonl, in the file before this returns."""
         if self.speak:
-            with open(self.directory / METRICS, "a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(record) + "\n")
+            self._append(METRICS, json.dumps(record) + "\n")
 
     def rewind(self, iter_num: int) -> None:
         """Forget what was recorded after the state that a run goes on from, so that no step stands there twice."""
@@ -49,6 +47,13 @@ class Logbook:
         if self.speak and path.exists():
             kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["iter"] <= iter_num]
             files.write_atomic(path, "".join(kept).encode())
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.directory / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise files.save_error(self.directory / name, error) from error
 
     def _print(self, text: str) -> None:
         print(("\r\x1b[K" if self.live else "") + text, flush=True)

@@ -1,0 +1,514 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) for any `nn.Module`: add low-rank adapters, train, switch, blend, merge.
+
+    apply_lora(model, LoRAConfig(rank=8))  # freezes the model and adds an adapter, the only part that trains
+    ...
+    merge_lora(model)  # a plain model again, with the adapter in its weights
+
+A targeted layer stays the object it is, with its parameters under their old names, so that the base's checkpoints and
+ties are not disturbed. It gets a child, `lora`, that holds its adapters by name (`h.0.attn.c_attn.lora.default.A`), and
+while it has one, its class is a subclass whose forward adds `scale * B A x`. A forward hook would spare the subclass,
+but a model compiled before the hook came would go on computing without the adapter, and say nothing.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, dataclass, field, replace
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ALL_LINEAR = "all-linear"
+DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
+
+SPELLINGS = {  # a setting's name here, and its names elsewhere
+    "rank": ("lora_rank", "r", "lora_r"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "targets": ("lora_targets", "target_modules", "lora_module_path"),
+    "exclude": ("lora_exclude", "exclude_modules"),
+    "use_rslora": (),
+    "rank_pattern": (),
+    "alpha_pattern": (),
+}
+
+GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gemma's own code
+    "self_attn": "attn",
+    "q_proj": "q_einsum",
+    "k_proj": "kv_einsum",
+    "v_proj": "kv_einsum",
+    "o_proj": "attn_vec_einsum",
+}
+
+# These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
+BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers to adapt, and how. Raises ValueError with every problem in one message.
+
+    `targets` and `exclude` select layers. A list matches whole paths or their dotted ends: `c_proj` is every
+    `...attn.c_proj` and every `...mlp.c_proj`. A string is one regular expression that must match the whole path, with
+    `.` or `/` between its parts: `.*/attn/c_(attn|proj)`. Gemma's q_einsum, kv_einsum and attn_vec_einsum find q_proj,
+    k_proj with v_proj, and o_proj. "all-linear" is every linear layer except the output head: adapting them all matters
+    more than the rank does (QLoRA, arXiv 2305.14314, section 4). It never takes an embedding.
+
+    The patterns give some layers another rank or alpha. As in PEFT, their keys are regular expressions for the end of
+    a path, and the first key that matches counts.
+    """
+
+    rank: int = 8
+    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes 2 * rank
+    dropout: float = 0.0  # on what an adapter reads, while training; token ids have none
+    targets: str | Collection[str] = ALL_LINEAR
+    exclude: str | Collection[str] = ()
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead, made for high ranks (arXiv 2312.03732)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
+        if self.alpha is not None:
+            alphas["alpha"] = self.alpha
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        patterns += [selection for selection in (self.targets, self.exclude) if isinstance(selection, str)]
+        # type() and not isinstance(): True is an int.
+        problems = [
+            *(f"{n}={v!r} must be a whole number above 0" for n, v in ranks.items() if type(v) is not int or v < 1),
+            *(f"{n}={v!r} must be a number above 0" for n, v in alphas.items() if not _is_number(v) or not v > 0),
+            *(f"{pattern!r} is no regular expression" for pattern in patterns if not _is_regex(pattern)),
+        ]
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if not self.targets or not all(isinstance(name, str) for name in (*self.targets, *self.exclude)):
+            problems.append(
+                f"targets={self.targets!r} and exclude={self.exclude!r} must be names, and targets not empty"
+            )
+        if problems:
+            raise ValueError("impossible LoRA: " + "; ".join(problems))
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2 * self.rank)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "LoRAConfig":
+        """From settings in any of the SPELLINGS. Raises ValueError for an unknown one, and for two that disagree."""
+        names = {spelling: name for name, others in SPELLINGS.items() for spelling in (name, *others)}
+        given, problems = {}, []
+        for key, value in settings.items():
+            if key not in names:
+                problems.append(f"unknown LoRA setting {key!r}, the nearest are {_nearest(str(key), names)}")
+            elif settings[first := given.setdefault(names[key], key)] != value:
+                problems.append(f"{first}={settings[first]!r} and {key}={value!r} give one setting two values")
+        try:
+            config = cls(**{name: settings[key] for name, key in given.items()})
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return config
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
+def _nearest(entry: str, paths: Iterable[str]) -> str:
+    """The ends of paths that look most like `entry` and have as many parts."""
+    words = re.findall(r"\w+", entry)
+    ends = dict.fromkeys(".".join(path.split(".")[-len(words) :]) for path in paths)
+    return ", ".join(get_close_matches(".".join(words), ends, n=4, cutoff=0))
+
+
+class Adapter(nn.Module):
+    """What one adapter adds to one layer: A (rank, in) and B (out, rank), which stand for a delta of scale * B A."""
+
+    keys = ("lora_A.weight", "lora_B.weight")  # PEFT's names in a file
+
+    def __init__(self, A: Tensor, B: Tensor, alpha: float, use_rslora: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.rank, self.alpha, self.use_rslora, self.dropout = A.size(0), alpha, use_rslora, dropout
+        self.scale = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., in) to (..., out), computed in `dtype`. The (..., rank) in between is the cheap place to scale."""
+        return F.linear(self.down(x, self.A.to(dtype)) * self.scale, self.B.to(dtype))
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(F.dropout(x, self.dropout, self.training), A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+class EmbeddingAdapter(Adapter):
+    """The same for an embedding, whose input is one token out of `in`: A x is a column of A."""
+
+    keys = ("lora_embedding_A", "lora_embedding_B")
+    padding_idx: int | None = None  # the layer's: this token's column gets no gradient
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.t(), self.padding_idx)
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer, by name."""
+
+    active: str | None = None  # the one that acts, if it is here
+
+
+class Adapted:
+    """Mixed into the class of a layer for as long as it has adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        active = self.lora.active
+        return y + self.lora[active](x, y.dtype) if active in self.lora else y
+
+
+@cache
+def _adapted_class(plain: type) -> type:
+    return type(f"LoRA{plain.__name__}", (Adapted, plain), {"plain_class": plain})
+
+
+def _hang(layer: nn.Module, name: str, adapter: Adapter) -> None:
+    if not isinstance(layer, Adapted):
+        layer.lora = Adapters()
+        layer.__class__ = _adapted_class(type(layer))
+    if isinstance(layer, nn.Embedding):
+        adapter.padding_idx = layer.padding_idx
+    layer.lora[name] = adapter.train(layer.training)
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have adapters, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    return list(dict.fromkeys(name for layer in _adapted(model).values() for name in layer.lora))
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    return next((layer.lora.active for layer in _adapted(model).values()), None)
+
+
+def _adapters(model: nn.Module, name: str | None) -> dict[str, Adapter]:
+    """{path: adapter} of the adapter called `name`, of the active one for None. Raises ValueError if there is none."""
+    name = active_adapter(model) if name is None else name
+    adapters = {path: layer.lora[name] for path, layer in _adapted(model).items() if name in layer.lora}
+    if not adapters:
+        wanted, here = name or "that is active", ", ".join(adapter_names(model)) or "none at all"
+        raise ValueError(f"this {type(model).__name__} has no adapter {wanted}, it has {here}")
+    return adapters
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a layer that LoRA can adapt, None of any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        # A subclass with a forward of its own scales or shifts what it looks up, and a delta would miss that.
+        plain = getattr(module, "plain_class", type(module)).forward is nn.Embedding.forward
+        return (module.num_embeddings, module.embedding_dim) if plain and module.max_norm is None else None
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
+        return weight.size(0), weight.size(1)  # Transformers' Conv1D: a linear layer that stores (in, out)
+    return None
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """For each module that shares its weight with others, their paths."""
+    owners = defaultdict(list)
+    for path, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners[weight].append(path)
+    return {path: [p for p in paths if p != path] for paths in owners.values() for path in paths if len(paths) > 1}
+
+
+def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # Transformers' models know theirs
+    linear = [path for path, layer in layers.items() if not isinstance(layer, nn.Embedding) and layer is not head]
+    return [path for path in linear if path.split(".")[-1] != "lm_head"]
+
+
+def _selection(names: str | Collection[str]) -> dict[str, str]:
+    """The entries of `targets` or `exclude`, each with the regular expression that it stands for."""
+    if isinstance(names, str):
+        return {names: names}
+    return {name: rf"(.*\.)?{re.escape(name)}" for name in names}
+
+
+def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """{entry: paths} for {entry: regular expression}."""
+    spelled = {}
+    for path in paths:
+        dotted = (path, ".".join(GEMMA_NAMES.get(part, part) for part in path.split(".")))
+        spelled[path] = (*dotted, *(name.replace(".", "/") for name in dotted))
+    return {
+        entry: [path for path, names in spelled.items() if any(re.fullmatch(regex, name) for name in names)]
+        for entry, regex in entries.items()
+    }
+
+
+def _plan(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
+    """{path: (rank, alpha)} of the layers to adapt. Raises ValueError for everything named that finds nothing."""
+    bypassed = {child for module in model.modules() if isinstance(module, BYPASSING) for child in module.children()}
+    layers = {path: m for path, m in model.named_modules() if m not in bypassed and _features(m)}
+    if config.targets == ALL_LINEAR:
+        targets = {ALL_LINEAR: _all_linear(model, layers)}
+    else:
+        targets = _find(_selection(config.targets), layers)
+    exclude = _find(_selection(config.exclude), layers)
+    wanted, unwanted = ({path for paths in found.values() for path in paths} for found in (targets, exclude))
+    paths = [path for path in layers if path in wanted - unwanted]
+    ranks, alphas = (
+        _find({key: rf"(.*[./])?({key})" for key in pattern}, paths)
+        for pattern in (config.rank_pattern, config.alpha_pattern)
+    )
+    settings = {"targets": targets, "exclude": exclude, "rank_pattern": ranks, "alpha_pattern": alphas}
+    missed = [(name, entry) for name, found in settings.items() for entry, matched in found.items() if not matched]
+    if missed:
+        words = (f"{name} entry {entry!r} (nearest: {_nearest(entry, layers)})" for name, entry in missed)
+        hint = "a list matches the ends of paths, a string is one regular expression for the whole of them"
+        raise ValueError("these match no layer that LoRA can adapt: " + ", ".join(words) + "; " + hint)
+    if not paths:
+        raise ValueError(f"exclude={config.exclude!r} leaves none of the {len(wanted)} layers that targets match")
+    # The first key that matches counts: going backwards, it comes last.
+    rank = {path: config.rank_pattern[key] for key in reversed(ranks) for path in ranks[key]}
+    alpha = {path: config.alpha_pattern[key] for key in reversed(alphas) for path in alphas[key]}
+    return {path: (rank.get(path, config.rank), alpha.get(path, config.alpha)) for path in paths}
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    matched: tuple[str, ...]  # paths of the adapted layers
+    trainable: int  # parameters of the adapter
+    total: int  # parameters of the model, adapters included
+
+
+def apply_lora(
+    model: nn.Module,
+    config: LoRAConfig,
+    *,
+    adapter: str = DEFAULT,
+    dtype: torch.dtype | None = None,
+    untie: bool = False,
+) -> LoRAReport:
+    """Freeze the model and add an adapter, which changes nothing until it has trained: its B is zero.
+
+    A and B get `dtype`, by default each layer's own. A layer that shares its weight with another, as a tied output head
+    does, is refused unless `untie`: they share it while training, but merging gives the layer a weight of its own.
+    Raises ValueError, and leaves the model alone, if it has LoRA already or something named matches no layer.
+    """
+    if names := adapter_names(model):
+        raise ValueError(f"this {type(model).__name__} has LoRA already ({', '.join(names)}): add_adapter adds another")
+    return add_adapter(model, adapter, config, dtype=dtype, untie=untie)
+
+
+def add_adapter(
+    model: nn.Module, adapter: str, config: LoRAConfig, *, dtype: torch.dtype | None = None, untie: bool = False
+) -> LoRAReport:
+    """As `apply_lora`, beside the adapters that are there, on their layers or others. `set_active` turns to it."""
+    _check_new_name(model, adapter)
+    plan, ties, active = _plan(model, config), _ties(model), active_adapter(model)
+    tied = [f"{path} shares its weight with {' and '.join(ties[path])}" for path in plan if path in ties]
+    if tied and not untie:
+        raise ValueError(f"{'; '.join(tied)}: merging would untie them. Leave them out, or allow it with untie=True")
+    for path, (rank, alpha) in plan.items():
+        layer = model.get_submodule(path)
+        weight, (n_in, n_out) = layer.weight, _features(layer)
+        # Drawn in the default dtype and then cast, so that a seed gives the same numbers in every dtype.
+        A, B = torch.zeros(rank, n_in, device=weight.device), torch.zeros(n_out, rank, device=weight.device)
+        if isinstance(layer, nn.Embedding):
+            nn.init.normal_(B)  # and A = 0, as in the paper's code: the row of a token that never comes never moves
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        to = dtype or (weight.dtype if weight.is_floating_point() else A.dtype)  # a quantised weight is whole numbers
+        kind = EmbeddingAdapter if isinstance(layer, nn.Embedding) else Adapter
+        _hang(layer, adapter, kind(A.to(to), B.to(to), alpha, config.use_rslora, config.dropout))
+    if active is None:
+        model.requires_grad_(False)
+    set_active(model, active or adapter)
+    trainable = sum(p.numel() for part in _adapters(model, adapter).values() for p in part.parameters())
+    return LoRAReport(tuple(plan), trainable, sum(p.numel() for p in model.parameters()))
+
+
+def _check_new_name(model: nn.Module, name: str) -> None:
+    # An adapter is an entry of an nn.ModuleDict, so its name must not be one of that class's own.
+    if name in adapter_names(model) or not re.fullmatch(r"[\w-]+", name) or hasattr(Adapters(), name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}: it needs letters, digits, - and _, and a name not in use"
+        )
+
+
+def set_active(model: nn.Module, adapter: str) -> None:
+    """Let this adapter act and train, and no other."""
+    _adapters(model, adapter)
+    for layer in _adapted(model).values():
+        layer.lora.active = adapter
+        for name, other in layer.lora.items():
+            other.requires_grad_(name == adapter)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model, for as long as the context lasts."""
+    before = [(layer.lora, layer.lora.active) for layer in _adapted(model).values()]
+    try:
+        for adapters, _ in before:
+            adapters.active = None
+        yield model
+    finally:
+        for adapters, active in before:
+            adapters.active = active
+
+
+@torch.no_grad()
+def add_weighted_sum(model: nn.Module, adapter: str, weights: Mapping[str, float]) -> None:
+    """Add an adapter whose delta is the weighted sum of the deltas of others, and its rank the sum of their ranks.
+
+    Stacking the As and the scaled Bs makes it exact; adding As to As and Bs to Bs would multiply across adapters.
+    """
+    _check_new_name(model, adapter)
+    if not weights or not all(_is_number(weight) for weight in weights.values()):
+        raise ValueError(f"weights={weights!r} must give a number to each adapter of the sum")
+    parts = defaultdict(list)
+    for name, weight in weights.items():
+        for path, part in _adapters(model, name).items():
+            parts[path].append((part, weight * part.scale))
+    for path, scaled in parts.items():
+        # At least float32, for B takes up the scales.
+        A = torch.cat([part.A.to(torch.promote_types(part.A.dtype, torch.float32)) for part, _ in scaled])
+        B = torch.cat([part.B.to(A.dtype) * scale for part, scale in scaled], dim=1)
+        kind = type(scaled[0][0])
+        _hang(model.get_submodule(path), adapter, kind(A, B, alpha=A.size(0)).requires_grad_(False))
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    merged: tuple[str, ...]  # paths of the layers whose weights took up a delta
+    untied: tuple[str, ...]  # those that shared their weight with another module before
+    largest_delta: float
+    rounding_loss: float  # how much of the delta the weights' dtype could not hold, a ratio of Frobenius norms
+
+
+def merge_lora(model: nn.Module, adapter: str | None = None) -> MergeReport:
+    """Add an adapter's deltas to the weights and take LoRA out: the plain modules of before, all trainable.
+
+    A sum is cast to its weight's dtype once: call `model.float()` first to merge a bfloat16 model without rounding. A
+    merged layer that shared its weight gets its own, and if the token embedding is one of the two,
+    `model.config.tie_word_embeddings` becomes False, or loading would tie them again. Raises ValueError, and changes
+    nothing, for a sum that is not finite, a quantised weight, or several adapters of which none is named.
+    """
+    if adapter is None and len(names := adapter_names(model)) > 1:
+        raise ValueError(f"merging keeps one adapter and drops the others, so name it: {', '.join(names)}")
+    parts, ties = _adapters(model, adapter), _ties(model)
+    layers = {path: model.get_submodule(path) for path in parts}
+    largest = lost = norm = 0.0
+    for path, part in parts.items():  # everything is tried before anything is changed
+        _, delta, error = _merge(path, layers[path], part)
+        largest = max(largest, delta.abs().max().item())
+        lost, norm = lost + error.square().sum().item(), norm + delta.square().sum().item()
+    for path, part in parts.items():
+        layers[path].weight = _merge(path, layers[path], part)[0]
+    remove_lora(model)
+    untied = tuple(path for path in parts if path in ties)
+    embeddings = any(isinstance(model.get_submodule(p), nn.Embedding) for path in untied for p in (path, *ties[path]))
+    if embeddings and getattr(config := getattr(model, "config", None), "tie_word_embeddings", False):
+        try:
+            config.tie_word_embeddings = False
+        except FrozenInstanceError:
+            model.config = replace(config, tie_word_embeddings=False)
+    return MergeReport(tuple(parts), untied, largest, math.sqrt(lost / norm) if norm else 0.0)
+
+
+@torch.no_grad()
+def _merge(path: str, layer: nn.Module, adapter: Adapter) -> tuple[nn.Parameter, Tensor, Tensor]:
+    """The merged weight, the delta in it, and the error of rounding their sum to the weight's dtype."""
+    weight = layer.weight
+    if not weight.is_floating_point():
+        raise ValueError(f"{path} is quantised ({weight.dtype}): an adapter merges into dequantised weights only")
+    # Autocast and TF32 round a float32 product, and leave a float64 one alone. MPS has no float64.
+    exact = torch.float32 if weight.device.type == "mps" else torch.float64
+    delta = adapter.scale * (adapter.B.to(exact) @ adapter.A.to(exact))  # (out, in)
+    if not isinstance(layer, nn.Linear):
+        delta = delta.t()  # Conv1D and embeddings store (in, out)
+    total = weight.to(exact) + delta
+    rounded = total.to(weight.dtype)
+    if not rounded.isfinite().all():
+        raise ValueError(f"{path} cannot be merged: the result has numbers that are not finite in {weight.dtype}")
+    return nn.Parameter(rounded, requires_grad=False), delta, rounded - total
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take LoRA out of the model and leave the weights as they are, all trainable."""
+    for layer in _adapted(model).values():
+        layer.__class__ = layer.plain_class
+        del layer.lora
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+@contextmanager
+def merged(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Module]:
+    """The merged model for as long as the context lasts, then the unmerged one with its weights to the bit.
+
+    Keeps the adapted layers' weights meanwhile: a delta that was rounded in cannot be subtracted out again.
+    """
+    parts = _adapters(model, adapter)
+    layers = {path: model.get_submodule(path) for path in parts}
+    pristine = {path: layer.weight for path, layer in layers.items()}
+    with disable_adapters(model):
+        try:
+            for path, part in parts.items():
+                layers[path].weight = _merge(path, layers[path], part)[0]
+            yield model
+        finally:
+            for path, weight in pristine.items():
+                layers[path].weight = weight
+
+
+def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """An adapter's own tensors, `<path>.lora_A.weight` (rank, in) and `<path>.lora_B.weight` (out, rank)."""
+    return {
+        f"{path}.{key}": tensor.detach()
+        for path, part in _adapters(model, adapter).items()
+        for key, tensor in zip(part.keys, (part.A, part.B), strict=True)
+    }
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter: str | None = None) -> None:
+    """Fill an adapter from what `lora_state_dict` gave, cast to its dtype.
+
+    Raises ValueError, and loads nothing, when a tensor is missing, belongs nowhere or has another shape.
+    """
+    own = lora_state_dict(model, adapter)
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} belongs to no layer of it" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} and should be {tuple(tensor.shape)}"
+        for key, tensor in own.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"these tensors are not this adapter's: {'; '.join(problems[:6])}{more}")
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
