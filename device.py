@@ -73,9 +73,9 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
 def keep_freed_memory() -> bool:
     """Tell glibc to keep large freed buffers instead of returning each to the kernel. True where that is possible.
 
-    A training step on the CPU frees and allocates the same few hundred megabytes over and over; faulting the pages in
-    again took longer than the arithmetic (bench/train_speed.py: over twice the tokens a second). The process never
-    holds more than its peak.
+    A training step on the CPU frees and allocates the same few hundred megabytes over and over, and faulting the pages
+    in again takes as long as the arithmetic: without this, the small preset trains at half the speed. The price is a
+    peak about a quarter higher, since what one step leaves in pieces the next cannot always use.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
     try:

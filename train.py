@@ -86,7 +86,7 @@ class Trainer:
     """One run: the model, what updates it, and where it stands. `run` trains until max_iters or a signal."""
 
     def __init__(self, start: Start, device: torch.device, ranks: Ranks):
-        """`start.config` has dtype and compile resolved (`pick_precision`)."""
+        """`start.config` has dtype and compile resolved (`set_up`)."""
         self.config, self.dataset, self.directory = start.config, start.dataset, start.directory
         self.ranks, self.device, config = ranks, device, start.config
         self.log = Logbook(self.directory, speak=ranks.main)
@@ -314,15 +314,18 @@ class Trainer:
         )
 
 
-def pick_precision(start: Start, device: torch.device, ranks: Ranks) -> list[str]:
-    """Put numbers for `auto` into start.config, the same on every rank, and say what was chosen and why.
+def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
+    """The trainer for this machine, and what was chosen for it and why.
 
-    They are saved with the run, so that a resume on a machine that measures differently computes the same.
+    Numbers replace `auto` in the configuration, the same on every rank, and are saved with the run: a resume on a
+    machine that measures differently still computes the same.
     """
+    keep_freed_memory()
+    device = pick_device(start.config.device, ranks.local)
     dtype, why_dtype = ranks.agree(pick_dtype(start.config.dtype, device))
     compiled, why_compile = ranks.agree(pick_compile(start.config.compile, device))
     start.config = replace(start.config, dtype=dtype, compile=str(compiled).lower())
-    return [
+    return Trainer(start, device, ranks), [
         f"device {device} ({torch.get_num_threads()} threads), {ranks.size} process(es)",
         f"dtype {dtype}: {why_dtype}",
         f"compile {start.config.compile}: {why_compile}",
@@ -361,13 +364,11 @@ def train(arguments: list[str]) -> int:
     config, given = configurator.load(arguments)
     ranks = Ranks()
     start = prepare_start(config, given, ranks)
-    device = pick_device(start.config.device, ranks.local)
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
         if ranks.main:
             files.recover(start.directory)
-        notes = start.notes + pick_precision(start, device, ranks)
-        trainer = Trainer(start, device, ranks)
-        announce(trainer, notes)
+        trainer, notes = set_up(start, ranks)
+        announce(trainer, start.notes + notes)
         number = trainer.run(stop)
         where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
         if number:
@@ -382,7 +383,6 @@ def train(arguments: list[str]) -> int:
 
 def main() -> int:
     arguments = sys.argv[1:]
-    keep_freed_memory()
     try:
         if {"-h", "--help"} & set(arguments):
             config, _ = configurator.load([a for a in arguments if a not in ("-h", "--help")])
