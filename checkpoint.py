@@ -7,7 +7,7 @@
 
 `ckpt.pt` holds the best weights by validation loss and is self-contained; `last/state.pt` is what a run needs to go on
 exactly. `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and sha256.
-Only training_log.txt and metrics.jsonl, which grow between saves, are not in it.
+What people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl, loss.png.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CARD = "README.md"
 LOG = "training_log.txt"
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
-DEPLOYED = (WEIGHTS, MODEL_ARGS, CONFIG, TOKENIZER, CARD)
+DEPLOYED = (WEIGHTS, MODEL_ARGS, CONFIG, TOKENIZER)
 
 
 class CheckpointManager:
@@ -64,9 +64,10 @@ class CheckpointManager:
         """Save a GPT, all or nothing (files.commit).
 
         `metadata` needs iter_num (int), best_val_loss (float, nats per token) and config (dict of builtins); what else
-        it holds (dataset, tokenizer, metrics) goes into export_meta.json. With `best`, the weights become ckpt.pt.
-        `training_state` (tensors and builtins) goes to last/state.pt with the weights. `texts` are further small files
-        by name. Raises files.SaveError when the disk refuses; what was saved before is then untouched.
+        it holds (dataset, tokenizer, best: the iteration and metrics of ckpt.pt) goes into export_meta.json. With
+        `best`, the weights become ckpt.pt. `training_state` (tensors and builtins) goes to last/state.pt with the
+        weights. `texts` are further small files by name. Raises files.SaveError when the disk refuses; what was saved
+        before is then untouched.
         """
         directory, model = Path(directory), bare(model)
         if lora.adapter_names(model):
@@ -92,7 +93,6 @@ class CheckpointManager:
         small = {
             MODEL_ARGS: _json(arguments),
             CONFIG: _json(metadata["config"]),
-            CARD: model_card(about, arguments).encode(),
             **(texts or {}),
         }
         writers = {name: _write_bytes(data) for name, data in small.items()}
@@ -101,6 +101,7 @@ class CheckpointManager:
         if training_state is not None:
             writers[STATE] = lambda file: torch.save({**common, **training_state}, file)
         files.commit(directory, writers, about)
+        files.write_atomic(directory / CARD, model_card(about, arguments).encode())
 
     @staticmethod
     def load_model(
@@ -183,15 +184,20 @@ def model_args(config: GPTConfig) -> dict[str, Any]:
 
 def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     """A GPT that takes over the tensors of a checkpoint, uncopied. Raises ValueError for what does not fit."""
-    arguments = checkpoint["model_args"]
-    unknown = sorted(set(arguments) - {f.name for f in fields(GPTConfig)})
+    arguments, weights = checkpoint["model_args"], checkpoint["model"]
+    unknown = sorted(map(str, set(arguments) - {f.name for f in fields(GPTConfig)}))
     if unknown:
         raise ValueError(f"{source} describes a model this version does not know: model_args has {', '.join(unknown)}")
-    state = {_plain_name(key): tensor for key, tensor in checkpoint["model"].items()}
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in weights.items()):
+        raise ValueError(f"{source} holds something other than named tensors as its model")
+    state = {_plain_name(key): tensor for key, tensor in weights.items()}
     # nanoGPT's first versions stored each layer's causal mask as a buffer.
     state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**arguments))
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**arguments))
+    except TypeError as error:
+        raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
     expected = model.state_dict()
     if model.config.tie_word_embeddings:
         _check_tied(state, source)
@@ -227,6 +233,8 @@ def _locate(path: str | Path) -> tuple[Path, str]:
     """(directory, file of weights) for a directory or a checkpoint file in it."""
     path = Path(path).expanduser()
     directory, name = (path.parent, path.name) if path.suffix == ".pt" and not path.is_dir() else (path, WEIGHTS)
+    if path.parts[-2:] == tuple(STATE.split("/")):
+        directory, name = path.parent.parent, STATE
     if not directory.is_dir():
         near = sorted(p.parent.name for p in directory.parent.glob(f"*/{WEIGHTS}"))
         raise FileNotFoundError(
@@ -280,11 +288,11 @@ def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
 
 def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
     """The README.md of a model directory."""
-    dataset, metrics = about.get("dataset", {}), about.get("metrics", {})
+    dataset, best = about.get("dataset") or {}, about.get("best") or {}
     synthetic = (
         " **The text is synthetic**: generated by a grammar, for trying things out." if dataset.get("synthetic") else ""
     )
-    numbers = "".join(f"| {key.replace('_', ' ')} | {value:.4f} |\n" for key, value in metrics.items())
+    numbers = "".join(f"| {key.replace('_', ' ')} | {value:.4f} |\n" for key, value in best.get("metrics", {}).items())
     return (
         f"# {about['name']}\n\n"
         f"A GPT of {about['parameters']:,} parameters, trained with nanoforge for {about['iter_num']:,} steps on "
@@ -292,7 +300,7 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
         f"- Source: {dataset.get('source', 'unknown')}\n"
         f"- Licence of the text: {dataset.get('licence', 'unknown')}\n"
         f"- Architecture: {', '.join(f'{k} {v}' for k, v in arguments.items())}\n\n"
-        + (f"| at the last evaluation | |\n| --- | --- |\n{numbers}\n" if numbers else "")
+        + (f"| ckpt.pt, iteration {best['iter_num']:,} | |\n| --- | --- |\n{numbers}\n" if numbers else "")
         + "```python\nfrom checkpoint import CheckpointManager\n\n"
         f'model = CheckpointManager.load_model_for_inference("models/{about["name"]}")\n```\n'
     )
@@ -301,19 +309,31 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
 # ---- the command line
 
 
+def read_about(directory: Path) -> dict[str, Any] | None:
+    """The marker of a model directory, or None where there is none. Raises ValueError for one that says too little."""
+    marker = files.read_marker(directory)
+    missing = {"name", "parameters", "iter_num", "best_val_loss"} - set(marker or {})
+    if marker is not None and missing:
+        raise ValueError(f"{directory / files.MARKER} is damaged: it says nothing of {', '.join(sorted(missing))}")
+    return marker
+
+
 def status(directory: Path) -> str:
     """complete, torn, foreign (a bare ckpt.pt of nanoGPT) or nothing of ours (""), judged by names and sizes."""
-    try:
-        marker = files.read_marker(directory)
-    except ValueError:
-        return "torn"
-    if marker is not None:
-        whole = all(
-            files.find(directory, name).is_file() and files.find(directory, name).stat().st_size == entry["size"]
-            for name, entry in marker["files"].items()
-        )
-        return "complete" if whole else "torn"
-    if any((directory / name).exists() for name in (MODEL_ARGS, LOG, METRICS)) or any(directory.glob(".*.new")):
+    while True:
+        try:
+            marker = read_about(directory)
+        except ValueError:
+            return "torn"
+        if marker is None:
+            break
+        sizes = {name: entry["size"] for name, entry in marker["files"].items()}
+        with contextlib.suppress(FileNotFoundError):
+            if all(files.find(directory, name).stat().st_size == size for name, size in sizes.items()):
+                return "complete"
+        if files.read_marker(directory) == marker and not (directory / files.PENDING).exists():
+            return "torn"  # and not merely being written while we looked
+    if any((directory / name).exists() for name in (MODEL_ARGS, LOG)):
         return "torn"
     return "foreign" if (directory / WEIGHTS).is_file() else ""
 
@@ -327,18 +347,20 @@ def models_in(root: Path) -> dict[Path, str]:
 
 
 def size_on_disk(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a save is renaming files while we look
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def list_models(root: Path) -> str:
-    rows = [("name", "parameters", "iteration", "val loss", "on disk", "state")]
+    rows = [("name", "parameters", "iterations", "best val loss", "on disk", "state")]
     for path, state in models_in(root).items():
-        marker = files.read_marker(path) if state == "complete" else None
-        numbers = (
-            (f"{marker['parameters']:,}", f"{marker['iter_num']:,}", f"{marker['best_val_loss']:.4f}")
-            if marker
-            else ("", "", "")
-        )
+        numbers = ("", "", "")
+        if state == "complete":
+            about = read_about(path)
+            numbers = f"{about['parameters']:,}", f"{about['iter_num']:,}", f"{about['best_val_loss']:.4f}"
         rows.append((path.name, *numbers, f"{size_on_disk(path) / 1e6:,.0f} MB", state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -355,11 +377,11 @@ def show(directory: Path) -> str:
 
 def deploy(directory: Path, destination: Path) -> str:
     """Copy the best weights and what describes them, verified, to `destination`: a model directory without its run."""
-    marker = files.read_marker(directory)
-    if marker is None:
+    about = read_about(directory)
+    if about is None:
         raise ValueError(f"{directory} is not a complete model directory")
-    there = files.read_marker(destination) if destination.is_dir() else None
-    if there is not None and there["name"] != marker["name"]:
+    there = read_about(destination) if destination.is_dir() else None
+    if there is not None and there["name"] != about["name"]:
         raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
     if there is None and destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
@@ -368,29 +390,35 @@ def deploy(directory: Path, destination: Path) -> str:
         def write(target: files.HashedFile) -> None:
             with files.open_verified(directory, name) as source:
                 shutil.copyfileobj(source, target, 1 << 20)
+            if read_about(directory) != about:
+                raise ValueError(f"{directory} was saved anew while it was being copied: deploy it again")
 
         return write
 
-    about = {key: value for key, value in marker.items() if key != "files"}
-    files.commit(destination, {name: copy(name) for name in DEPLOYED if name in marker["files"]}, about)
+    iteration = (about.get("best") or about)["iter_num"]
+    deployed = {key: value for key, value in about.items() if key != "files"} | {"iter_num": iteration}
+    files.commit(destination, {name: copy(name) for name in DEPLOYED if name in about["files"]}, deployed)
+    arguments = json.loads((destination / MODEL_ARGS).read_bytes())
+    files.write_atomic(destination / CARD, model_card(deployed, arguments).encode())
     size = f"{size_on_disk(destination) / 1e6:,.0f} MB"
-    return f"{marker['name']} at iteration {marker['iter_num']:,} is in {destination} ({size})"
+    return f"{about['name']}, best at iteration {iteration:,}, is in {destination} ({size})"
 
 
 def superseded(complete: list[Path]) -> dict[Path, str]:
-    """Complete models of which a newer version is complete too: v2 after v1 after none, later dates after earlier."""
+    """Complete models of which a newer version is complete and no worse: v2 after v1 after none, dates by date."""
     versions: dict[ModelName, list[tuple[list[int], Path]]] = {}
     for path in complete:
         with contextlib.suppress(ValueError):  # a name outside the convention has no versions
             name = ModelName.parse(path.name)
             order = [int(number) for number in re.findall(r"\d+", name.version)]
             versions.setdefault(replace(name, version=""), []).append((order, path))
-    return {
-        path: f"superseded by {max(group)[1].name}"
-        for group in versions.values()
-        for _, path in group
-        if path != max(group)[1]
-    }
+    found = {}
+    for group in versions.values():
+        newest = max(group)[1]
+        loss = read_about(newest)["best_val_loss"]
+        older = (path for _, path in group if path != newest and read_about(path)["best_val_loss"] >= loss)
+        found |= {path: f"superseded by {newest.name}" for path in older}
+    return found
 
 
 def prune(root: Path, yes: bool) -> str:
@@ -406,7 +434,7 @@ def prune(root: Path, yes: bool) -> str:
                 if yes:
                     shutil.rmtree(path)
             lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             lines.append(f"kept {path}: {error}")
     return "\n".join(lines + ([] if yes or not lines else ["nothing was deleted; --yes deletes"])) or "nothing to prune"
 

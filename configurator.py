@@ -65,7 +65,7 @@ class RunConfig:
 
     eval_interval: int = setting(250, "steps between evaluations; each one saves", resume="warn")
     eval_iters: int = setting(
-        40, "batches of train and of val in an evaluation, the same ones each time", resume="warn"
+        40, "batches of train and of val in an evaluation, the same ones each time", resume="refuse"
     )
     log_interval: int = setting(10, "steps between lines in training_log.txt and metrics.jsonl")
     save_minutes: float = setting(10.0, "also save when this long has passed since the last save; 0: never")
@@ -75,7 +75,7 @@ class RunConfig:
     dtype: str = setting(
         "auto", "of matrix products; auto measures on a CPU", ("auto", "float32", "bfloat16", "float16"), "warn"
     )
-    compile: str = setting("auto", "torch.compile; auto: on CUDA with Triton", ("auto", "true", "false"), "warn")
+    compile: str = setting("auto", "torch.compile; auto: on CUDA, where it works", ("auto", "true", "false"), "warn")
 
     def problems(self) -> list[str]:
         """What cannot be, whatever the data: one sentence each."""
@@ -150,7 +150,7 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
             if _known(key, source, problems):
                 problems.append(f"{source}: a setting is written --{key}=value")
         elif _known(key, source, problems):
-            given[key] = (_parse(text), source)
+            given[key] = (text if FIELDS[key].type is str else _parse(text), source)
     values = {}
     for key, (value, source) in given.items():
         try:
@@ -185,9 +185,14 @@ def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
                 lines[target.id] = node.lineno
                 if target.id == "config" and isinstance(node.value, ast.Dict):
                     lines |= {key.value: key.lineno for key in node.value.keys if isinstance(key, ast.Constant)}
-    if isinstance(namespace.get("config"), dict):
-        return [(key, value, f"{path}:{lines.get(key, lines['config'])}") for key, value in namespace["config"].items()]
-    return [(key, namespace[key], f"{path}:{line}") for key, line in lines.items()]
+    values = {key: value for key, value in namespace.items() if key in lines or key in FIELDS}
+    config = values.pop("config", {})
+    if not isinstance(config, dict):
+        problems.append(f"{path}: config must be a dictionary, not {type(config).__name__}")
+        return []
+    # A name set inside an `if`, or by unpacking, stands in no line of its own, and counts all the same.
+    named = {key: f"{path}:{lines[key]}" if key in lines else path for key in (*values, *config)}
+    return [(key, value, named[key]) for key, value in {**values, **config}.items()]
 
 
 def _known(key: str, source: str, problems: list[str]) -> bool:
@@ -205,7 +210,7 @@ def _parse(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -228,7 +233,7 @@ def _typed(key: str, value: Any) -> Any:
     if (
         (kind is bool and isinstance(value, bool))
         or (kind is float and number)
-        or (kind is int and number and value == int(value))
+        or (kind is int and number and value == int(value) and abs(value) < 2**63)
     ):
         return kind(value)
     words = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import time
 
 import torch
@@ -18,8 +17,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each backend has errors of its own
         raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={name} cannot be used here: there are cpu, cuda and mps")
     return device
 
 
@@ -57,13 +58,18 @@ def bfloat16_gain(size: int = 768, repeats: int = 5) -> float:
 
 def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:
     """Whether to torch.compile, and why. On a CPU, eager is as fast once `keep_freed_memory` is in force."""
-    if setting != "auto":
-        return setting == "true", "as asked"
-    if device.type != "cuda":
+    if setting == "false":
+        return False, "as asked"
+    if setting == "auto" and device.type != "cuda":
         return False, f"no measured gain on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed"
-    return True, "CUDA with Triton"
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a version too new: the compiler's own words are best
+        reason = f"torch.compile does not work here ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        if setting == "true":
+            raise ValueError(f"compile=true, but {reason}") from None
+        return False, reason
+    return True, "as asked" if setting == "true" else "it works on this GPU"
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:

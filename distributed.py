@@ -16,7 +16,9 @@ class Ranks:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.main = self.rank == 0
         if self.size > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.local)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.size > 1:

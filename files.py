@@ -2,12 +2,12 @@
 
 One file: `write_atomic`. Several that belong together, all or nothing, with a marker that lists them: `commit`.
 
-    1. every file is written beside its place as `.NAME.new`, flushed and fsynced;
+    1. every file is written beside its place as `.NAME.nanoforge-new`, flushed and fsynced;
     2. the marker is written as PENDING: from this instant the new state is the state;
     3. the new files are renamed into place, PENDING becomes the marker.
 
 A stop before 2 leaves the old state and some litter; a stop after 2 leaves the new one, half of it still under its
-`.new` name. Readers go through `open_verified`, which finds each file under either name and writes nothing; the next
+temporary name. Readers go through `open_verified`, which finds each file under either name and writes nothing; the next
 `commit` or `recover` finishes the renames. A reader that knows none of this sees whole files of either state.
 """
 
@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 MARKER = "export_meta.json"
 PENDING = ".export_meta.pending.json"
+NEW = ".nanoforge-new"  # nobody else's files end in this, so that sweeping can only take our own
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -59,7 +60,7 @@ class HashedFile:
 
 
 def staged_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
+    return path.with_name(f".{path.name}{NEW}")
 
 
 def stage(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def recover(directory: Path) -> None:
             sync_directory(folder)
         os.replace(directory / PENDING, directory / MARKER)
         sync_directory(directory)
-    for litter in (*directory.glob(".*.new"), *directory.glob("*/.*.new")):
+    for litter in (*directory.glob(f".*{NEW}"), *directory.glob(f"*/.*{NEW}")):
         litter.unlink(missing_ok=True)
 
 
@@ -162,7 +163,7 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
 
 
 def find(directory: Path, name: str) -> Path:
-    """Where a file of the state in force lies: under its `.new` name if its commit was cut short before the rename."""
+    """Where a file of the state in force lies: under its temporary name if its commit was cut short before renaming."""
     staged = staged_name(directory / name)
     return staged if (directory / PENDING).exists() and staged.exists() else directory / name
 
@@ -218,6 +219,8 @@ def lock(directory: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{directory} is being written by another process") from None
+        except OSError:
+            pass  # NFS locks no folders; a run there goes on unlocked
         yield
     finally:
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """What a run tells: the live line, training_log.txt, metrics.jsonl and loss.png."""
 
+import contextlib
 import io
 import json
 import sys
@@ -26,14 +27,14 @@ class Logbook:
         """A line on the terminal and in training_log.txt."""
         if not self.speak:
             return
-        self._print(text)
+        self._print(("\r\x1b[K" if self.live else "") + text)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._append(LOG, "".join(f"{stamp} {line}\n" for line in text.splitlines()))
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; nothing where the output is a file."""
         if self.speak and sys.stdout.isatty():
-            print(f"\r\x1b[K{text}", end="", flush=True)
+            self._print(f"\r\x1b[K{text}", end="")
             self.live = True
 
     def metric(self, record: dict[str, Any]) -> None:
@@ -55,9 +56,10 @@ class Logbook:
         except OSError as error:
             raise files.save_error(self.directory / name, error) from error
 
-    def _print(self, text: str) -> None:
-        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+    def _print(self, text: str, end: str = "\n") -> None:
         self.live = False
+        with contextlib.suppress(BrokenPipeError):  # whoever read along has gone; the run goes on, and the log too
+            print(text, end=end, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -80,7 +82,8 @@ def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:
     axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75", linewidth=1, label="batch")
     for key, label, colour in (("train_loss", "train", "tab:blue"), ("val_loss", "validation", "tab:orange")):
         axes.plot([r["iter"] for r in evaluations], [r[key] for r in evaluations], "o-", color=colour, label=label)
-    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """Before the loop: from a configuration to the model, data and directory of a run, or to what is in the way of one."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 import files
-from checkpoint import WEIGHTS, CheckpointManager, build_model
+from checkpoint import LOG, METRICS, CheckpointManager, build_model, read_about
 from configurator import RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset
 from distributed import Ranks
-from model import GPT, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 from naming import ModelName, size_label
 from tokenizer import Tokenizer
 
@@ -49,8 +50,12 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         model = base_model(config, given, dataset)
         architecture = model.config
     name = conventional_name(architecture, config)
-    directory = Path(config.out_dir or Path("models") / str(name))
+    directory = Path(config.out_dir or Path("models") / str(name)).expanduser()
     problems, notes = name_problems(directory, name, count_parameters(architecture))
+    if model is not None and stored is None:
+        notes.append(
+            f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"
+        )
     problems += dataset_problems(dataset.directory, architecture.block_size, architecture.vocab_size)
     problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, architecture)
     _raise_all(problems)
@@ -64,7 +69,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if config.out_dir:
-        directory = Path(config.out_dir)
+        directory = Path(config.out_dir).expanduser()
     else:
         vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
@@ -100,7 +105,7 @@ def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Data
     `tokenizer` is the tokenizer.json to prepare it with, where the model that will read it has one already.
     """
     path, known = Path(name).expanduser(), ROOT / "data" / name
-    directory = known if known.is_dir() or not path.is_dir() else path
+    directory = known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
     script = directory / "prepare.py"
     if ranks.main and script.is_file() and not (directory / "train.bin").exists():
         print(f"{directory} has no token files yet; running {script.name} there", flush=True)
@@ -130,12 +135,18 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
     Raises ValueError where the settings or the dataset's tokenizer contradict it.
     """
     source = Path(config.init_from)
-    model, _ = CheckpointManager.load_model(source)
+    model = CheckpointManager.load_model(source)[0].float()  # half-precision weights would not learn small steps
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
     problems = [
         f"{key}={getattr(config, key)} ({given[key]}) is not what {source} has, {getattr(model.config, key)}"
-        for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
+        for key in shape
         if key in given and getattr(config, key) not in (None, getattr(model.config, key))
     ]
+    preset = PRESETS[config.preset]
+    if "preset" in given and any(
+        getattr(preset, key) != getattr(model.config, key) for key in shape if key not in given
+    ):
+        problems.append(f"preset={config.preset} ({given['preset']}) is another architecture than {source} has")
     stored = CheckpointManager.find_tokenizer(source)
     theirs, ours = Tokenizer.load(stored) if stored else None, dataset.tokenizer_fingerprint
     if theirs and ours and theirs.fingerprint != ours:
@@ -153,8 +164,8 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
 
 def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     """What the convention calls the model: after training from scratch, or after fine-tuning that of init_from."""
-    size, dataset = size_label(count_parameters(architecture)), Path(config.dataset).name.lower()
-    dataset = "".join(c if c.isalnum() or c in "_." else "-" for c in dataset).strip("-")
+    size, words = size_label(count_parameters(architecture)), re.split(r"[^a-z0-9_.]+", _folder(config.dataset).lower())
+    dataset = "-".join(word for word in words if word and word != "to") or "data"
     if config.init_from in ("scratch", "resume"):
         return ModelName("gpt", size, dataset, "pretrain")
     try:
@@ -162,6 +173,10 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     except ValueError:
         base = "base"
     return ModelName("gpt", size, dataset if base == dataset else f"{base}-to-{dataset}", "ft")
+
+
+def _folder(dataset: str) -> str:
+    return Path(dataset).resolve().name
 
 
 def count_parameters(architecture: GPTConfig) -> int:
@@ -192,20 +207,37 @@ def rank_problems(config: RunConfig, ranks: Ranks) -> list[str]:
 
 
 def occupied(directory: Path) -> list[str]:
-    """A run that is not resumed must not write over another model."""
-    marker = files.read_marker(directory) if directory.is_dir() else None
-    if marker is not None:
+    """A run that is not resumed must not write over anything: another model, or what is no model at all."""
+    if not directory.is_dir():
+        return [f"out_dir {directory} is a file: choose another --out_dir"] if directory.exists() else []
+    about = read_about(directory)
+    if about is not None:
         return [
-            f"{directory} already holds a run, at iteration {marker['iter_num']:,} with val loss "
-            f"{marker['best_val_loss']:.4f}: go on with --init_from=resume, choose another --out_dir, or remove it"
+            f"{directory} already holds a run, at iteration {about['iter_num']:,} with val loss "
+            f"{about['best_val_loss']:.4f}: go on with --init_from=resume, choose another --out_dir, or remove it"
         ]
-    if (directory / WEIGHTS).exists():
-        return [f"{directory} holds a {WEIGHTS} that was not written here: choose another --out_dir"]
-    return []
+    # What a run leaves that was stopped before its first save is no loss; anything else may be.
+    strange = sorted(
+        p.name for p in directory.iterdir() if p.name not in (LOG, METRICS, "last") and files.NEW not in p.name
+    )
+    return (
+        [f"{directory} holds {', '.join(strange[:3])}, not ours to write over: choose another --out_dir"]
+        if strange
+        else []
+    )
+
+
+def check_unchanged(start: Start) -> None:
+    """Once the directory is locked: raise ValueError if another run has written to it since `start` was prepared."""
+    if start.state is None:
+        _raise_all(occupied(start.directory))
+    elif read_about(start.directory)["iter_num"] != start.state["iter_num"]:
+        raise ValueError(f"another run has just saved to {start.directory}: start again to go on from there")
 
 
 def disk_problems(directory: Path, architecture: GPTConfig) -> list[str]:
     """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written."""
     there = next(p for p in (directory.resolve(), *directory.resolve().parents) if p.is_dir())
-    needed, free = 2 * 4 * 4 * count_parameters(architecture), shutil.disk_usage(there).free
+    copies = 1 if (there / files.MARKER).exists() else 2  # where a run goes on, the old ones are on the disk already
+    needed, free = copies * 4 * 4 * count_parameters(architecture), shutil.disk_usage(there).free
     return [f"{there} has {free / 1e6:,.0f} MB free, and saving needs {needed / 1e6:,.0f} MB"] if free < needed else []

@@ -99,7 +99,11 @@ def read_prompt(prompt: str | None) -> str:
     if prompt is None:
         return "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     if prompt.startswith("FILE:"):
-        return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").rstrip("\n")
+        path = Path(prompt.removeprefix("FILE:")).expanduser()
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
     return prompt
 
 

@@ -29,20 +29,22 @@ from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from distributed import Ranks
 from logbook import Logbook, duration, plot_loss, read_metrics
-from preflight import Start, prepare_start
+from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 
 GATHERED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM for the loop to act on between two steps; a second one ends the process at once."""
+    """Remembers SIGINT, SIGTERM or SIGHUP for the loop to act on between two steps; a second one ends it at once."""
 
     def __init__(self):
         self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup wants SIGHUP ignored
+        self.previous = {n: signal.signal(n, self._receive) for n in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -97,15 +99,17 @@ class Trainer:
         self.micro_steps = config.gradient_accumulation_steps // ranks.size
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
+        # A run compares its evaluations, so it keeps their sequences when a resume changes batch_size.
+        self.evaluation_size = (start.state or {}).get("evaluation_size", config.batch_size * config.eval_iters)
         self.evaluation = {
-            split: fixed_batches(tokens, self.block_size, config.batch_size, config.eval_iters)
+            split: fixed_batches(tokens, self.block_size, config.batch_size, self.evaluation_size)
             for split, tokens in (("train", self.dataset.train), ("val", self.dataset.val))
         }
         self.optimizer = build_optimizer(self.raw_model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0
         self.evaluated_at, self.saved_at = None, None  # iterations of the last evaluation and save
-        self.best_val_loss, self.metrics = math.inf, {}
+        self.best_val_loss, self.best = math.inf, {}  # best: iteration and metrics of what ckpt.pt holds
         torch.manual_seed(config.seed + ranks.rank)
         if start.state is not None:
             self._restore(start.state)
@@ -128,7 +132,7 @@ class Trainer:
             due = self.iter_num % config.eval_interval == 0 or finished
             if due and self.evaluated_at != self.iter_num and not stopping:
                 self.evaluate_and_save()
-            elif (save_due or stopping) and self.saved_at != self.iter_num:
+            elif (save_due or stopping) and self.saved_at not in (None, self.iter_num):
                 self.save(best=False)
             if stopping or finished:
                 return stopping
@@ -190,7 +194,9 @@ class Trainer:
             raise self._not_finite(f"the evaluation gives {metrics}", learning_rate(self.iter_num, self.config))
         best = metrics["val_loss"] < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, metrics["val_loss"])
-        self.metrics, self.evaluated_at = metrics, self.iter_num
+        self.evaluated_at = self.iter_num
+        if best:
+            self.best = {"iter_num": self.iter_num, "metrics": metrics}
         self.log.metric({"iter": self.iter_num, **metrics})
         bits = f", {metrics['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in metrics else ""
         self.log.say(
@@ -222,7 +228,7 @@ class Trainer:
             "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint}
             if self.tokenizer
             else None,
-            "metrics": self.metrics,
+            "best": self.best,
         }
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -230,22 +236,24 @@ class Trainer:
             "generators": generators,
             "samples_seen": self.samples_seen,
             "evaluated_at": self.evaluated_at,
+            "evaluation_size": self.evaluation_size,
             "dataset": metadata["dataset"],
-            "metrics": self.metrics,
+            "best": self.best,
         }
         texts = {TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {}
-        if (self.directory / METRICS).exists():
-            texts[PLOT] = plot_loss(read_metrics(self.directory / METRICS), self.directory.resolve().name)
         CheckpointManager.save_checkpoint(
             self.raw_model, self.directory, metadata, best=best, training_state=state, texts=texts
         )
+        plot = plot_loss(read_metrics(self.directory / METRICS), self.directory.resolve().name)
+        files.write_atomic(self.directory / PLOT, plot)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # else the run had, or now has, another dtype
+            self.scaler.load_state_dict(state["scaler"])
         self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
         self.best_val_loss, self.evaluated_at = state["best_val_loss"], state["evaluated_at"]
-        self.metrics, self.saved_at = state["metrics"], state["iter_num"]
+        self.best, self.saved_at = state["best"], state["iter_num"]
         if self.ranks.rank < len(state["generators"]):
             own = state["generators"][self.ranks.rank]
             torch.set_rng_state(own["cpu"])
@@ -272,7 +280,8 @@ class Trainer:
             self.log.progress(line)
         if self.iter_num % self.config.log_interval == 0:
             tokens = self.samples_seen * self.block_size
-            record = {"iter": self.iter_num, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
+            finite = norm if math.isfinite(norm) else None  # float16 overflows now and then; JSON knows no infinity
+            record = {"iter": self.iter_num, "loss": loss, "lr": rate, "grad_norm": finite, "tokens": tokens}
             self.log.metric({**record, "tokens_per_second": round(speed, 1)})
 
     def _show_sample(self) -> None:
@@ -364,13 +373,17 @@ def train(arguments: list[str]) -> int:
     config, given = configurator.load(arguments)
     ranks = Ranks()
     start = prepare_start(config, given, ranks)
+    pick_device(start.config.device, ranks.local)  # before anything is written
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
         if ranks.main:
+            check_unchanged(start)
             files.recover(start.directory)
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)
         where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
+        if trainer.saved_at is None:
+            where = "before the first step, so there was nothing to save"
         if number:
             resume = f"python train.py --init_from=resume --out_dir={trainer.directory}"
             trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\ngo on with: {resume}")

@@ -2,7 +2,7 @@
 #
 # For 500k arXiv abstracts (about 110M tokens): python data/scientific/prepare.py --source hub --num_samples 500000,
 # then max_iters = 27_000, warmup_iters = 500, eval_interval = 1000.
-# For a GPU: batch_size = 64, gradient_accumulation_steps = 1, learning_rate = 6e-4, dropout stays.
+# For a GPU: batch_size = 64, gradient_accumulation_steps = 1, and a fourth of the steps.
 config = {
     "out_dir": "models/gpt-38M-scientific-pretrain",
     "dataset": "scientific",

@@ -9,7 +9,8 @@ class BlockSampler:
     """Training sequences: every epoch visits every block of block_size tokens once, in an order of its own.
 
     Which block is sample number i is a function of the seed and i alone, so a run that goes on needs to remember only
-    how many samples it has seen. Each epoch cuts the blocks at another offset. `tokens` is a flat array of ids.
+    how many samples it has seen. Where tokens are left over, each epoch cuts the blocks at
+    another offset. `tokens` is a flat array of ids.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, seed: int):
@@ -38,7 +39,7 @@ def sequences(tokens: np.ndarray, starts: list[int], block_size: int) -> tuple[T
 
 
 def fixed_batches(tokens: np.ndarray, block_size: int, batch_size: int, count: int) -> list[list[int]]:
-    """Where the sequences of an evaluation begin: spread evenly, not overlapping, the same every time."""
-    fitting = min(batch_size * count, (len(tokens) - 1) // block_size)
+    """Where the `count` sequences of an evaluation begin, in batches: spread evenly, not overlapping, fixed."""
+    fitting = min(count, (len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - 1 - block_size, fitting).astype(int).tolist()
     return [starts[i : i + batch_size] for i in range(0, fitting, batch_size)]

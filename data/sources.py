@@ -125,7 +125,7 @@ def _read_jsonl(path: Path, lines: Iterable[str], column: str | None) -> Iterato
         if not line.isspace():
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             yield text_of(record, column, f"{path}, line {number}")
 

@@ -190,8 +190,10 @@ def _staging(directory: Path) -> Iterator[dict[str, Path]]:
     staged = {name: files.staged_name(directory / name) for name in FILES}
     created = not directory.exists()
     try:
+        if (directory / files.MARKER).exists():
+            raise ValueError(f"{directory} is a model directory: choose another --out_dir for the dataset")
         with files.lock(directory):
-            for litter in directory.glob(".*.new"):
+            for litter in directory.glob(f".*{files.NEW}"):
                 litter.unlink()
             try:
                 yield staged

@@ -1,6 +1,7 @@
 """A small real dataset, a small real model, and the scripts as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,9 @@ def command(name, *arguments):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def same_everywhere():
     """Tiny tensors gain nothing from threads, and the tests of a machine's cores run beside each other."""
+    # A shell starts what runs in the background with SIGINT ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -24,7 +24,8 @@ def model(seed=0, **changes) -> GPT:
 
 def save(directory: Path, seed=0, loss=2.5, iter_num=7, **changes) -> GPT:
     saved = model(seed, **changes)
-    metadata = {"config": {"batch_size": 4}, "iter_num": iter_num, "best_val_loss": loss, "metrics": {"val_loss": loss}}
+    metadata = {"config": {"batch_size": 4}, "iter_num": iter_num, "best_val_loss": loss}
+    metadata["best"] = {"iter_num": iter_num, "metrics": {"val_loss": loss}}
     state = {"optimizer": {"step": iter_num}, "generators": []}
     CheckpointManager.save_checkpoint(saved, directory, metadata, training_state=state)
     return saved
@@ -299,6 +300,8 @@ def hash_problem(path: Path) -> list[str]:
         (lambda c: c["model"].update({"lm_head.weight": torch.ones(61, 16)}), "its two tensors differ"),
         (lambda c: c["model_args"].update(rotary=True), "model_args has rotary"),
         (lambda c: c["model_args"].update(n_head=3), "n_embd=16 must be a multiple of n_head=3"),
+        (lambda c: c["model_args"].update(n_layer="2"), "no numbers of a model"),
+        (lambda c: c["model"].update(extra=3), "something other than named tensors"),
         (lambda c: c.pop("model_args"), "needs the keys model and model_args"),
     ],
 )
@@ -389,6 +392,27 @@ def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_pa
     assert script("checkpoint.py", "prune", tmp_path, "--yes").returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1", "out"]
     assert "nothing to prune" in script("checkpoint.py", "prune", tmp_path).stdout
+
+
+def test_prune_keeps_edited_directories_better_versions_and_other_peoples(tmp_path, script):
+    save(tmp_path / "gpt-6K-x-pretrain", loss=2.0)
+    save(tmp_path / "gpt-6K-x-pretrain-v2", loss=3.0)
+    (tmp_path / "gpt-6K-x-pretrain" / "README.md").write_text("my own words")
+    (tmp_path / "gpt-6K-x-pretrain" / "loss.png").write_bytes(b"redrawn")
+    (tmp_path / "theirs" / "weights").mkdir(parents=True)
+    (tmp_path / "theirs" / "metrics.jsonl").write_text("{}")
+    done = script("checkpoint.py", "prune", tmp_path, "--yes")
+    assert done.returncode == 0 and "nothing to prune" in done.stdout
+    assert len(list(tmp_path.iterdir())) == 3
+    assert CheckpointManager.verify(tmp_path / "gpt-6K-x-pretrain") == []
+
+
+def test_a_marker_that_says_too_little_is_torn_and_breaks_no_listing(tmp_path, script):
+    save(tmp_path / "good")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "export_meta.json").write_text('{"files": {}}')
+    done = script("checkpoint.py", "list", tmp_path)
+    assert done.returncode == 0 and "torn" in done.stdout and "complete" in done.stdout
 
 
 def test_prune_leaves_a_run_that_is_being_written_alone(tmp_path, script):

@@ -46,6 +46,19 @@ def test_a_nanogpt_style_file_of_plain_names_is_read(tmp_path):
     assert given["learning_rate"] == f"{file}:4"
 
 
+def test_names_set_in_branches_by_unpacking_and_beside_a_dictionary_count(tmp_path):
+    text = "n_layer, n_head = 3, 4\nif True:\n    n_embd = 64\nconfig = {'max_iters': 9}\nbatch_size = 2\n"
+    config, given = load([write(tmp_path / "c.py", text)])
+    assert (config.n_layer, config.n_head, config.n_embd, config.max_iters, config.batch_size) == (3, 4, 64, 9, 2)
+    assert given["batch_size"].endswith(":5")
+    assert "config must be a dictionary" in refusal(write(tmp_path / "d.py", "config = 3"))
+
+
+def test_text_is_taken_as_it_stands():
+    config, _ = load(["out_dir=1e3", "dataset=2024_01"])
+    assert (config.out_dir, config.dataset) == ("1e3", "2024_01")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
 def test_every_shipped_configuration_is_valid(path):
     load([str(path)])
@@ -73,6 +86,8 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("batch_size=true", "batch_size=True must be a whole number"),
         ("learning_rate=nan", "learning_rate='nan' must be a number"),
         ("learning_rate=1e999", "learning_rate=inf must be a number"),
+        ("max_iters={[]}", "max_iters='{[]}' must be a whole number"),
+        ("seed=" + "9" * 30, "must be a whole number"),
         ("learning_rate=-1", "learning_rate=-1.0 must be above 0"),
         ("dropout=1", "dropout=1.0 must be at least 0 and below 1"),
         ("beta2=1", "beta2=1.0"),

@@ -264,7 +264,7 @@ def test_a_kill_between_two_renames_is_noticed_and_healed(tmp_path, written, bpe
         assert ["train.bin is missing", "interrupted", "interrupted", "interrupted"][renames] in problem
     else:  # with the same tokenizer, whose renaming changes nothing
         assert bool(problem) == (renames > 1)
-    (directory / "..tokenizer.json.new.7.new").touch()  # of a kill within the writing of the tokenizer
+    (directory / "..tokenizer.json.nanoforge-new.7.nanoforge-new").touch()  # a kill in Tokenizer.save
     assert_heals(directory, bpe)
 
 
@@ -816,7 +816,7 @@ def test_ctrl_c_leaves_nothing_behind(big_file, written, tmp_path, number, code)
     out, script = tmp_path / "out", ROOT / "data" / "scientific" / "prepare.py"
     arguments = ["--files", big_file, "--out_dir", out, "--tokenizer", written / "tokenizer.json"]
     run = subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.PIPE, text=True)
-    while not (out / ".val.bin.new").exists() or not (out / ".val.bin.new").stat().st_size:
+    while not (out / ".val.bin.nanoforge-new").exists() or not (out / ".val.bin.nanoforge-new").stat().st_size:
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.02)
     run.send_signal(number)

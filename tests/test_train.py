@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +22,8 @@ from checkpoint import CheckpointManager
 from data.batches import BlockSampler, fixed_batches
 from data.tokens import load_dataset
 from distributed import Ranks
-from preflight import prepare_start
+from model import GPTConfig
+from preflight import check_unchanged, disk_problems, prepare_start
 
 CPU = torch.device("cpu")
 
@@ -67,7 +69,7 @@ def wait_for(directory: Path, iteration: int, process: subprocess.Popen) -> None
 # ---- exact resume
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(dataset, tmp_path, script, dtype):
     settings = (f"dataset={dataset}", *QUICK, f"dtype={dtype}", "dropout=0.2", "max_iters=60", "eval_interval=7")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -205,8 +207,9 @@ def test_a_torn_run_that_is_begun_anew_keeps_none_of_its_numbers(dataset, tmp_pa
     settings = ("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=3", "eval_interval=3")
     assert script(*settings).returncode == 0
     first = history(out)
-    (out / "export_meta.json").unlink()
-    (out / "ckpt.pt").unlink()
+    for path in (*out.iterdir(), *(out / "last").iterdir()):  # what is left when the first save is cut short
+        if path.is_file() and path.name not in ("training_log.txt", "metrics.jsonl"):
+            path.unlink()
     assert script(*settings).returncode == 0
     assert history(out) == first
 
@@ -239,8 +242,8 @@ def test_the_directory_of_a_run_is_complete(dataset, tmp_path, script):
     done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=4", "eval_interval=2")
     assert done.returncode == 0, done.stderr
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    listed = {"ckpt.pt", "config.json", "model_args.json", "tokenizer.json", "README.md", "loss.png", "last/state.pt"}
-    assert names == listed | {"export_meta.json", "training_log.txt", "metrics.jsonl"}
+    listed = {"ckpt.pt", "config.json", "model_args.json", "tokenizer.json", "last/state.pt"}
+    assert names == listed | {"export_meta.json", "README.md", "training_log.txt", "metrics.jsonl", "loss.png"}
     meta = json.loads((out / "export_meta.json").read_text())
     assert set(meta["files"]) == listed
     assert meta["dataset"]["name"] == "tiny" and meta["tokenizer"]["name"] == "bpe-tiny"
@@ -283,11 +286,11 @@ def test_an_epoch_visits_every_block_once_and_the_next_in_another_order():
 
 def test_evaluation_batches_are_fixed_spread_and_do_not_overlap():
     tokens = np.arange(1000)
-    batches = fixed_batches(tokens, 10, 4, 5)
+    batches = fixed_batches(tokens, 10, 4, 20)
     starts = list(chain(*batches))
     assert len(batches) == 5 and len(starts) == 20 and starts[0] == 0 and starts[-1] == 989
     assert all(b - a >= 10 for a, b in pairwise(starts))
-    assert sum(map(len, fixed_batches(tokens, 10, 64, 5))) == 99
+    assert sum(map(len, fixed_batches(tokens, 10, 64, 320))) == 99
 
 
 def test_the_schedules_warm_up_decay_and_end_where_they_say():
@@ -383,6 +386,77 @@ def test_a_run_is_not_written_over(dataset, finished, script):
     done = script("train.py", f"dataset={dataset}", f"out_dir={finished}", *QUICK)
     refused(done, "already holds a run, at iteration 4", "--init_from=resume")
     assert differences(state(finished), before) == []
+
+
+def test_nothing_is_written_over_that_is_not_a_torn_start(dataset, tmp_path, script):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text("{}")
+    (theirs / ".notes.new").write_text("mine")
+    refused(
+        script("train.py", f"dataset={dataset}", f"out_dir={theirs}", *QUICK), "config.json", "not ours to write over"
+    )
+    assert (theirs / "config.json").read_text() == "{}" and (theirs / ".notes.new").exists()
+    refused(script("train.py", f"dataset={dataset}", f"out_dir={theirs / 'config.json'}", *QUICK), "is a file")
+
+
+def test_a_state_that_another_run_has_overtaken_is_not_gone_on_from(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=4", "eval_interval=2")
+    run.run(train.StopSignal())
+    config, given = configurator.load(["init_from=resume", f"out_dir={tmp_path / 'x'}", "max_iters=9"])
+    start = prepare_start(config, given, Ranks())
+    check_unchanged(start)
+    run.config.max_iters = 6
+    run.run(train.StopSignal())
+    with pytest.raises(ValueError, match="another run has just saved"):
+        check_unchanged(start)
+
+
+def test_a_changed_batch_size_changes_neither_the_evaluation_nor_the_place_in_the_data(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=5", "eval_interval=5", "eval_iters=3")
+    run.run(train.StopSignal())
+    config, given = configurator.load(["init_from=resume", f"out_dir={tmp_path / 'x'}", "batch_size=1", "max_iters=9"])
+    resumed = train.Trainer(prepare_start(config, given, Ranks()), CPU, Ranks())
+    assert sorted(chain(*resumed.evaluation["val"])) == sorted(chain(*run.evaluation["val"]))
+    assert resumed.evaluate() == pytest.approx(run.evaluate(), rel=1e-6)
+    assert (resumed.samples_seen, resumed.samples_per_step) == (20, 2)
+    resumed.step()
+    assert resumed.samples_seen == 22
+
+
+def test_a_stop_before_the_first_step_saves_nothing_and_spoils_nothing(dataset, tmp_path):
+    run, stop = trainer(dataset, tmp_path / "x", "max_iters=4"), train.StopSignal()
+    stop.number = signal.SIGINT
+    assert run.run(stop) == signal.SIGINT
+    assert not (tmp_path / "x" / "export_meta.json").exists()
+    assert trainer(dataset, tmp_path / "x", "max_iters=4").run(train.StopSignal()) == 0
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_run(dataset, tmp_path):
+    arguments = command("train.py", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *QUICK, "max_iters=40")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert state(tmp_path / "x")["iter_num"] == 40
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_built(tmp_path):
+    problems = disk_problems(tmp_path, GPTConfig(vocab_size=10**10))
+    assert len(problems) == 1 and "MB free, and saving needs" in problems[0]
+    assert disk_problems(tmp_path, GPTConfig(vocab_size=10, n_layer=1)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_resumes_exactly_and_saves_plain_names(dataset, tmp_path, script):
+    settings = (f"dataset={dataset}", *QUICK, "compile=true", "dropout=0.2", "eval_interval=3")
+    assert script("train.py", *settings, "max_iters=6", f"out_dir={tmp_path / 'a'}").returncode == 0
+    assert script("train.py", *settings, "max_iters=3", "lr_decay_iters=6", f"out_dir={tmp_path / 'b'}").returncode == 0
+    done = script("train.py", "init_from=resume", "max_iters=6", f"out_dir={tmp_path / 'b'}")
+    assert done.returncode == 0 and "compile true" in done.stdout
+    one, two = state(tmp_path / "a"), state(tmp_path / "b")
+    assert not any("_orig_mod" in name for name in one["model"])
+    assert differences(one["model"], two["model"]) == [] and differences(one["optimizer"], two["optimizer"]) == []
 
 
 def test_resume_refuses_another_architecture_and_warns_of_other_changes(finished, script):
