@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +181,49 @@ def test_without_best_only_the_state_is_replaced(tmp_path):
     state = CheckpointManager.load_training_state(tmp_path)
     assert state["x"] == 1 and torch.equal(state["model"]["lm_head.weight"], later.lm_head.weight)
     assert CheckpointManager.verify(tmp_path) == []
+
+
+def test_a_kill_at_two_hundred_random_moments_of_a_save_leaves_a_directory_that_loads(tmp_path):
+    def save_number(n: int) -> None:
+        filled = model()
+        with torch.no_grad():
+            for p in filled.parameters():
+                p.fill_(n)
+        metadata = {"config": {}, "iter_num": n, "best_val_loss": 1.0}
+        CheckpointManager.save_checkpoint(filled, tmp_path, metadata, training_state={"number": n})
+
+    def loaded_number() -> int:
+        best, metadata = CheckpointManager.load_model(tmp_path)
+        last = CheckpointManager.load_training_state(tmp_path)
+        weights = [*best.state_dict().values(), *last["model"].values()]
+        numbers = {int(x) for w in weights for x in w.unique()} | {
+            metadata["iter_num"],
+            last["number"],
+            last["iter_num"],
+        }
+        assert len(numbers) == 1, f"parts of several states: {numbers}"
+        return numbers.pop()
+
+    def forked(n: int) -> int:
+        pid = os.fork()
+        if pid == 0:
+            save_number(n)
+            os._exit(0)
+        return pid
+
+    save_number(0)
+    start = time.perf_counter()
+    os.waitpid(forked(1), 0)
+    duration, draw, outcomes = time.perf_counter() - start, random.Random(0), {"old": 0, "new": 0}
+    for n in range(2, 202):
+        old, pid = loaded_number(), forked(n)
+        time.sleep(draw.uniform(0, 1.2 * duration))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        now = loaded_number()
+        assert now in (old, n)
+        outcomes["new" if now == n else "old"] += 1
+    assert min(outcomes.values()) > 0, outcomes
 
 
 # ---- other people's files
