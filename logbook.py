@@ -1,8 +1,8 @@
 """What a run tells: the live line, training_log.txt, metrics.jsonl and loss.png."""
 
-import contextlib
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -58,8 +58,12 @@ class Logbook:
 
     def _print(self, text: str, end: str = "\n") -> None:
         self.live = False
-        with contextlib.suppress(BrokenPipeError):  # whoever read along has gone; the run goes on, and the log too
+        try:
             print(text, end=end, flush=True)
+        except BrokenPipeError:
+            # Whoever read along has gone, and the run goes on. What is still buffered must find an end as well, or the
+            # interpreter fails on it when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
