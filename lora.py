@@ -12,6 +12,7 @@ but a model compiled before the hook came would go on computing without the adap
 
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -186,10 +187,16 @@ def _adapted_class(plain: type) -> type:
     return type(f"LoRA{plain.__name__}", (Adapted, plain), {"plain_class": plain})
 
 
+def _become(layer: nn.Module, new_class: type) -> None:
+    layer.__class__ = new_class
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # before 2.13 a compiled model does not look at its modules' classes again
+
+
 def _hang(layer: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(layer, Adapted):
         layer.lora = Adapters()
-        layer.__class__ = _adapted_class(type(layer))
+        _become(layer, _adapted_class(type(layer)))
     if isinstance(layer, nn.Embedding):
         adapter.padding_idx = layer.padding_idx
     layer.lora[name] = adapter.train(layer.training)
@@ -459,7 +466,7 @@ def _merge(path: str, layer: nn.Module, adapter: Adapter) -> tuple[nn.Parameter,
 def remove_lora(model: nn.Module) -> None:
     """Take LoRA out of the model and leave the weights as they are, all trainable."""
     for layer in _adapted(model).values():
-        layer.__class__ = layer.plain_class
+        _become(layer, layer.plain_class)
         del layer.lora
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
