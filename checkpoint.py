@@ -306,9 +306,6 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
     )
 
 
-# ---- the command line
-
-
 def read_about(directory: Path) -> dict[str, Any] | None:
     """The marker of a model directory, or None where there is none. Raises ValueError for one that says too little."""
     marker = files.read_marker(directory)
@@ -336,6 +333,9 @@ def status(directory: Path) -> str:
     if any((directory / name).exists() for name in (MODEL_ARGS, LOG)):
         return "torn"
     return "foreign" if (directory / WEIGHTS).is_file() else ""
+
+
+# ---- the command line
 
 
 def models_in(root: Path) -> dict[Path, str]:

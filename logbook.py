@@ -1,5 +1,6 @@
 """What a run tells: the live line, training_log.txt, metrics.jsonl and loss.png."""
 
+import contextlib
 import io
 import json
 import os
@@ -44,10 +45,9 @@ class Logbook:
 
     def rewind(self, iter_num: int) -> None:
         """Forget what was recorded after the state that a run goes on from, so that no step stands there twice."""
-        path = self.directory / METRICS
-        if self.speak and path.exists():
-            kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["iter"] <= iter_num]
-            files.write_atomic(path, "".join(kept).encode())
+        if self.speak and (records := read_metrics(self.directory)):
+            kept = [json.dumps(record) + "\n" for record in records if record["iter"] <= iter_num]
+            files.write_atomic(self.directory / METRICS, "".join(kept).encode())
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -66,15 +66,13 @@ class Logbook:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run, none if it has no metrics.jsonl. A line that a kill cut short is left out."""
+    path, records = directory / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict) and "iter" in record]
 
 
 def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:

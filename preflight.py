@@ -164,7 +164,8 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
 
 def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     """What the convention calls the model: after training from scratch, or after fine-tuning that of init_from."""
-    size, words = size_label(count_parameters(architecture)), re.split(r"[^a-z0-9_.]+", _folder(config.dataset).lower())
+    size, folder = size_label(count_parameters(architecture)), Path(config.dataset).resolve().name
+    words = re.split(r"[^a-z0-9_.]+", folder.lower())
     dataset = "-".join(word for word in words if word and word != "to") or "data"
     if config.init_from in ("scratch", "resume"):
         return ModelName("gpt", size, dataset, "pretrain")
@@ -173,10 +174,6 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     except ValueError:
         base = "base"
     return ModelName("gpt", size, dataset if base == dataset else f"{base}-to-{dataset}", "ft")
-
-
-def _folder(dataset: str) -> str:
-    return Path(dataset).resolve().name
 
 
 def count_parameters(architecture: GPTConfig) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import configurator
 import files
-from checkpoint import METRICS, PLOT, TOKENIZER, CheckpointManager
+from checkpoint import PLOT, TOKENIZER, CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
@@ -244,7 +244,7 @@ class Trainer:
         CheckpointManager.save_checkpoint(
             self.raw_model, self.directory, metadata, best=best, training_state=state, texts=texts
         )
-        plot = plot_loss(read_metrics(self.directory / METRICS), self.directory.resolve().name)
+        plot = plot_loss(read_metrics(self.directory), self.directory.resolve().name)
         files.write_atomic(self.directory / PLOT, plot)
 
     def _restore(self, state: dict[str, Any]) -> None:

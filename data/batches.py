@@ -9,8 +9,8 @@ class BlockSampler:
     """Training sequences: every epoch visits every block of block_size tokens once, in an order of its own.
 
     Which block is sample number i is a function of the seed and i alone, so a run that goes on needs to remember only
-    how many samples it has seen. Where tokens are left over, each epoch cuts the blocks at
-    another offset. `tokens` is a flat array of ids.
+    how many samples it has seen. Where tokens are left over, each epoch cuts the blocks at another offset. `tokens` is
+    a flat array of ids.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, seed: int):

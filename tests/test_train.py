@@ -446,6 +446,19 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_built(tmp_path):
     assert disk_problems(tmp_path, GPTConfig(vocab_size=10, n_layer=1)) == []
 
 
+def test_compile_is_obeyed(dataset, tmp_path):
+    compiled, plain = (trainer(dataset, tmp_path / s, f"compile={s}").model for s in ("true", "false"))
+    assert isinstance(compiled, torch._dynamo.OptimizedModule) and not isinstance(plain, torch._dynamo.OptimizedModule)
+
+
+def test_a_run_whose_metrics_were_removed_still_saves(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=2", "eval_interval=2")
+    run.run(train.StopSignal())
+    (tmp_path / "x" / "metrics.jsonl").unlink()
+    run.save(best=False)
+    assert CheckpointManager.verify(tmp_path / "x") == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_run_resumes_exactly_and_saves_plain_names(dataset, tmp_path, script):
