@@ -77,7 +77,8 @@ def stage(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
-        staged_name(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was wrong with writing may be wrong with this too
+            staged_name(path).unlink()
         cause = hashed.error if hashed and hashed.error else error
         if isinstance(cause, OSError):
             raise save_error(path, cause) from error

@@ -167,6 +167,10 @@ class EmbeddingAdapter(Adapter):
         return F.embedding(x, A.t(), self.padding_idx)
 
 
+def kind_of(layer: nn.Module) -> type[Adapter]:
+    return EmbeddingAdapter if isinstance(layer, nn.Embedding) else Adapter
+
+
 class Adapters(nn.ModuleDict):
     """The adapters of one layer, by name."""
 
@@ -215,7 +219,7 @@ def active_adapter(model: nn.Module) -> str | None:
     return next((layer.lora.active for layer in _adapted(model).values()), None)
 
 
-def _adapters(model: nn.Module, name: str | None) -> dict[str, Adapter]:
+def adapters_of(model: nn.Module, name: str | None) -> dict[str, Adapter]:
     """{path: adapter} of the adapter called `name`, of the active one for None. Raises ValueError if there is none."""
     name = active_adapter(model) if name is None else name
     adapters = {path: layer.lora[name] for path, layer in _adapted(model).items() if name in layer.lora}
@@ -273,15 +277,23 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
     }
 
 
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can have adapters, by path."""
+    bypassed = {child for module in model.modules() if isinstance(module, BYPASSING) for child in module.children()}
+    return {path: m for path, m in model.named_modules() if m not in bypassed and _features(m)}
+
+
+def matches(model: nn.Module, names: str | Collection[str]) -> dict[str, list[str]]:
+    """{entry: paths of the layers that it selects} for `targets` or `exclude` as LoRAConfig takes them."""
+    layers = adaptable(model)
+    if names == ALL_LINEAR:
+        return {ALL_LINEAR: _all_linear(model, layers)}
+    return _find(_selection(names), layers)
+
+
 def _plan(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
     """{path: (rank, alpha)} of the layers to adapt. Raises ValueError for everything named that finds nothing."""
-    bypassed = {child for module in model.modules() if isinstance(module, BYPASSING) for child in module.children()}
-    layers = {path: m for path, m in model.named_modules() if m not in bypassed and _features(m)}
-    if config.targets == ALL_LINEAR:
-        targets = {ALL_LINEAR: _all_linear(model, layers)}
-    else:
-        targets = _find(_selection(config.targets), layers)
-    exclude = _find(_selection(config.exclude), layers)
+    layers, targets, exclude = adaptable(model), matches(model, config.targets), matches(model, config.exclude)
     wanted, unwanted = ({path for paths in found.values() for path in paths} for found in (targets, exclude))
     paths = [path for path in layers if path in wanted - unwanted]
     ranks, alphas = (
@@ -332,11 +344,9 @@ def add_adapter(
     model: nn.Module, adapter: str, config: LoRAConfig, *, dtype: torch.dtype | None = None, untie: bool = False
 ) -> LoRAReport:
     """As `apply_lora`, beside the adapters that are there, on their layers or others. `set_active` turns to it."""
-    _check_new_name(model, adapter)
-    plan, ties, active = _plan(model, config), _ties(model), active_adapter(model)
-    tied = [f"{path} shares its weight with {' and '.join(ties[path])}" for path in plan if path in ties]
-    if tied and not untie:
-        raise ValueError(f"{'; '.join(tied)}: merging would untie them. Leave them out, or allow it with untie=True")
+    plan = _plan(model, config)
+    _check_room(model, adapter, plan, untie)
+    parts = {}
     for path, (rank, alpha) in plan.items():
         layer = model.get_submodule(path)
         weight, (n_in, n_out) = layer.weight, _features(layer)
@@ -346,27 +356,74 @@ def add_adapter(
             nn.init.normal_(B)  # and A = 0, as in the paper's code: the row of a token that never comes never moves
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        parts[path] = A, B, alpha
+    return install(model, adapter, parts, config.use_rslora, config.dropout, dtype=dtype, untie=untie)
+
+
+def install(
+    model: nn.Module,
+    adapter: str,
+    parts: Mapping[str, tuple[Tensor, Tensor, float]],  # path of a layer: A (rank, in), B (out, rank), alpha
+    use_rslora: bool = False,
+    dropout: float = 0.0,
+    *,
+    dtype: torch.dtype | None = None,
+    untie: bool = False,
+) -> LoRAReport:
+    """Freeze the model and add an adapter of which the numbers exist, say from a file.
+
+    Raises ValueError, and leaves the model alone, for a layer that is not there or of another shape.
+    """
+    _check_room(model, adapter, parts, untie)
+    check_fit(model, parts)
+    layers, active = adaptable(model), active_adapter(model)
+    for path, (A, B, alpha) in parts.items():
+        layer, weight = layers[path], layers[path].weight
         to = dtype or (weight.dtype if weight.is_floating_point() else A.dtype)  # a quantised weight is whole numbers
-        kind = EmbeddingAdapter if isinstance(layer, nn.Embedding) else Adapter
-        _hang(layer, adapter, kind(A.to(to), B.to(to), alpha, config.use_rslora, config.dropout))
+        A, B = (tensor.to(weight.device, to) for tensor in (A, B))
+        _hang(layer, adapter, kind_of(layer)(A, B, alpha, use_rslora, dropout))
     if active is None:
         model.requires_grad_(False)
     set_active(model, active or adapter)
-    trainable = sum(p.numel() for part in _adapters(model, adapter).values() for p in part.parameters())
-    return LoRAReport(tuple(plan), trainable, sum(p.numel() for p in model.parameters()))
+    trainable = sum(p.numel() for part in adapters_of(model, adapter).values() for p in part.parameters())
+    return LoRAReport(tuple(parts), trainable, sum(p.numel() for p in model.parameters()))
 
 
-def _check_new_name(model: nn.Module, name: str) -> None:
+def check_fit(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+    """Raise ValueError for `parts` of an adapter, as `install` takes them, that are for other layers than these."""
+    layers, problems = adaptable(model), []
+    for path, (A, B, _) in parts.items():
+        if path not in layers:
+            problems.append(f"there is no layer {path} (nearest: {_nearest(path, layers)})")
+        elif (A.size(1), B.size(0)) != _features(layers[path]) or A.size(0) != B.size(1):
+            shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+            problems.append(f"{path} is (in, out) = {_features(layers[path])}, which {shapes} do not fit")
+    raise_some("the adapter is not for this model", problems)
+
+
+def _check_room(model: nn.Module, name: str, paths: Iterable[str], untie: bool) -> None:
+    """Raise ValueError for a name that cannot be this adapter's, and for shared weights that nobody has allowed."""
     # An adapter is an entry of an nn.ModuleDict, so its name must not be one of that class's own.
     if name in adapter_names(model) or not re.fullmatch(r"[\w-]+", name) or hasattr(Adapters(), name):
         raise ValueError(
             f"an adapter cannot be called {name!r}: it needs letters, digits, - and _, and a name not in use"
         )
+    ties = _ties(model)
+    tied = [f"{path} shares its weight with {' and '.join(ties[path])}" for path in paths if path in ties]
+    if tied and not untie:
+        raise ValueError(f"{'; '.join(tied)}: merging would untie them. Leave them out, or allow it with untie=True")
+
+
+def raise_some(what: str, problems: list[str], shown: int = 6) -> None:
+    """Raise ValueError with the first few problems, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:shown])}{more}")
 
 
 def set_active(model: nn.Module, adapter: str) -> None:
     """Let this adapter act and train, and no other."""
-    _adapters(model, adapter)
+    adapters_of(model, adapter)
     for layer in _adapted(model).values():
         layer.lora.active = adapter
         for name, other in layer.lora.items():
@@ -392,19 +449,19 @@ def add_weighted_sum(model: nn.Module, adapter: str, weights: Mapping[str, float
 
     Stacking the As and the scaled Bs makes it exact; adding As to As and Bs to Bs would multiply across adapters.
     """
-    _check_new_name(model, adapter)
+    _check_room(model, adapter, (), untie=False)
     if not weights or not all(_is_number(weight) for weight in weights.values()):
         raise ValueError(f"weights={weights!r} must give a number to each adapter of the sum")
     parts = defaultdict(list)
     for name, weight in weights.items():
-        for path, part in _adapters(model, name).items():
+        for path, part in adapters_of(model, name).items():
             parts[path].append((part, weight * part.scale))
     for path, scaled in parts.items():
         # At least float32, for B takes up the scales.
         A = torch.cat([part.A.to(torch.promote_types(part.A.dtype, torch.float32)) for part, _ in scaled])
         B = torch.cat([part.B.to(A.dtype) * scale for part, scale in scaled], dim=1)
-        kind = type(scaled[0][0])
-        _hang(model.get_submodule(path), adapter, kind(A, B, alpha=A.size(0)).requires_grad_(False))
+        layer = model.get_submodule(path)
+        _hang(layer, adapter, kind_of(layer)(A, B, alpha=A.size(0)).requires_grad_(False))
 
 
 @dataclass(frozen=True)
@@ -415,25 +472,25 @@ class MergeReport:
     rounding_loss: float  # how much of the delta the weights' dtype could not hold, a ratio of Frobenius norms
 
 
-def merge_lora(model: nn.Module, adapter: str | None = None) -> MergeReport:
+def merge_lora(model: nn.Module, adapter: str | None = None, dtype: torch.dtype | None = None) -> MergeReport:
     """Add an adapter's deltas to the weights and take LoRA out: the plain modules of before, all trainable.
 
-    A sum is cast to its weight's dtype once: call `model.float()` first to merge a bfloat16 model without rounding. A
+    A sum is cast once, to its weight's dtype or to `dtype`: torch.float32 merges a bfloat16 model without rounding. A
     merged layer that shared its weight gets its own, and if the token embedding is one of the two,
     `model.config.tie_word_embeddings` becomes False, or loading would tie them again. Raises ValueError, and changes
     nothing, for a sum that is not finite, a quantised weight, or several adapters of which none is named.
     """
     if adapter is None and len(names := adapter_names(model)) > 1:
         raise ValueError(f"merging keeps one adapter and drops the others, so name it: {', '.join(names)}")
-    parts, ties = _adapters(model, adapter), _ties(model)
+    parts, ties = adapters_of(model, adapter), _ties(model)
     layers = {path: model.get_submodule(path) for path in parts}
     largest = lost = norm = 0.0
     for path, part in parts.items():  # everything is tried before anything is changed
-        _, delta, error = _merge(path, layers[path], part)
+        _, delta, error = _merge(path, layers[path], part, dtype)
         largest = max(largest, delta.abs().max().item())
         lost, norm = lost + error.square().sum().item(), norm + delta.square().sum().item()
     for path, part in parts.items():
-        layers[path].weight = _merge(path, layers[path], part)[0]
+        layers[path].weight = _merge(path, layers[path], part, dtype)[0]
     remove_lora(model)
     untied = tuple(path for path in parts if path in ties)
     embeddings = any(isinstance(model.get_submodule(p), nn.Embedding) for path in untied for p in (path, *ties[path]))
@@ -446,8 +503,10 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> MergeReport:
 
 
 @torch.no_grad()
-def _merge(path: str, layer: nn.Module, adapter: Adapter) -> tuple[nn.Parameter, Tensor, Tensor]:
-    """The merged weight, the delta in it, and the error of rounding their sum to the weight's dtype."""
+def _merge(
+    path: str, layer: nn.Module, adapter: Adapter, dtype: torch.dtype | None
+) -> tuple[nn.Parameter, Tensor, Tensor]:
+    """The merged weight, the delta in it, and the error of rounding their sum to `dtype` or the weight's own."""
     weight = layer.weight
     if not weight.is_floating_point():
         raise ValueError(f"{path} is quantised ({weight.dtype}): an adapter merges into dequantised weights only")
@@ -457,9 +516,9 @@ def _merge(path: str, layer: nn.Module, adapter: Adapter) -> tuple[nn.Parameter,
     if not isinstance(layer, nn.Linear):
         delta = delta.t()  # Conv1D and embeddings store (in, out)
     total = weight.to(exact) + delta
-    rounded = total.to(weight.dtype)
+    rounded = total.to(dtype or weight.dtype)
     if not rounded.isfinite().all():
-        raise ValueError(f"{path} cannot be merged: the result has numbers that are not finite in {weight.dtype}")
+        raise ValueError(f"{path} cannot be merged: the result has numbers that are not finite in {rounded.dtype}")
     return nn.Parameter(rounded, requires_grad=False), delta, rounded - total
 
 
@@ -478,13 +537,13 @@ def merged(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Module]:
 
     Keeps the adapted layers' weights meanwhile: a delta that was rounded in cannot be subtracted out again.
     """
-    parts = _adapters(model, adapter)
+    parts = adapters_of(model, adapter)
     layers = {path: model.get_submodule(path) for path in parts}
     pristine = {path: layer.weight for path, layer in layers.items()}
     with disable_adapters(model):
         try:
             for path, part in parts.items():
-                layers[path].weight = _merge(path, layers[path], part)[0]
+                layers[path].weight = _merge(path, layers[path], part, None)[0]
             yield model
         finally:
             for path, weight in pristine.items():
@@ -495,7 +554,7 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
     """An adapter's own tensors, `<path>.lora_A.weight` (rank, in) and `<path>.lora_B.weight` (out, rank)."""
     return {
         f"{path}.{key}": tensor.detach()
-        for path, part in _adapters(model, adapter).items()
+        for path, part in adapters_of(model, adapter).items()
         for key, tensor in zip(part.keys, (part.A, part.B), strict=True)
     }
 
@@ -514,8 +573,6 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter:
         for key, tensor in own.items()
         if key in state and state[key].shape != tensor.shape
     ]
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"these tensors are not this adapter's: {'; '.join(problems[:6])}{more}")
+    raise_some("these tensors are not this adapter's", problems)
     for key, tensor in own.items():
         tensor.copy_(state[key])

@@ -1,0 +1,247 @@
+"""An adapter on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    save_adapters(model, "my-adapter")  # and PeftModel.from_pretrained(base, "my-adapter") opens it
+    load_adapters(base, "my-adapter")  # what PEFT has saved opens here
+
+PEFT lets a setting that it does not know, a target that matches nothing or a tensor under another name pass with a
+warning or with none, and the model then computes something else. Here these are errors.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import files
+import lora
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
+FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it
+
+# Keys of adapter_config.json that change nothing about an adapter whose tensors are there.
+NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"}
+NEUTRAL |= {"peft_version", "qalora_group_size", "revision", "task_type", "layers_to_transform", "layers_pattern"}
+NEUTRAL |= {"ensure_weight_tying", "runtime_config", "eva_config"}
+READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+READ |= {"target_modules", "exclude_modules"}
+# Of the ways to initialise an adapter, these leave the base as it was; pissa, olora and others change it.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def save_adapters(model: nn.Module, directory: str | Path, adapter: str | None = None, **description: Any) -> None:
+    """Write an adapter, the active one by default, as PEFT would. `description` is that of `adapter_files`.
+
+    Raises ValueError for numbers that are not finite, files.SaveError when the disk refuses.
+    """
+    for name, data in adapter_files(model, adapter, **description).items():
+        files.write_atomic(Path(directory) / name, data)
+
+
+def adapter_files(
+    model: nn.Module,
+    adapter: str | None = None,
+    *,
+    base: str | None = None,
+    task_type: str | None = None,
+    fan_in_fan_out: bool | None = None,
+) -> dict[str, bytes]:
+    """What `save_adapters` writes, {name: content}.
+
+    `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out` says
+    whether PEFT will meet layers that store (in, out); by default, whether these layers do.
+    """
+    parts = lora.adapters_of(model, adapter)
+    state = {path: tensor.cpu().contiguous() for path, tensor in lora.lora_state_dict(model, adapter).items()}
+    if broken := [path for path, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"the adapter has numbers that are not finite, first in {broken[0]}; it is not saved")
+    if fan_in_fan_out is None:
+        fan_in_fan_out = any(hasattr(model.get_submodule(path), "nf") for path in parts)
+    first = next(iter(parts.values()))
+    rank, alpha = (_commonest(getattr(part, name) for part in parts.values()) for name in ("rank", "alpha"))
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(part.dropout for part in parts.values()),
+        "use_rslora": first.use_rslora,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "target_modules": list(parts),
+        "rank_pattern": {path: part.rank for path, part in parts.items() if part.rank != rank},
+        "alpha_pattern": {path: part.alpha for path, part in parts.items() if part.alpha != alpha},
+    }
+    metadata = {"format": "pt", FINGERPRINT: base_fingerprint(model, parts)}
+    tensors = {PREFIX + key: tensor for key, tensor in state.items()}
+    # The tensors first: whoever finds the configuration finds what it describes.
+    return {
+        WEIGHTS: safetensors.torch.save(tensors, metadata),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+    """sha256 of the weights below an adapter: the same for one model in float32 and in bfloat16, with nn.Linear and
+    with Transformers' Conv1D, in our directories and in others."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        layer = model.get_submodule(path)
+        weight = layer.weight.t() if hasattr(layer, "nf") else layer.weight
+        digest.update(f"{path} {tuple(weight.shape)}".encode())
+        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_adapters(
+    model: nn.Module,
+    directory: str | Path,
+    adapter: str = lora.DEFAULT,
+    *,
+    force: bool = False,
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+) -> lora.LoRAReport:
+    """Add the adapter of a folder to `model`, frozen for it, and make it the active one if there was none.
+
+    It gets the layers' dtype, or `dtype`. Raises ValueError, and leaves the model alone, if anything in the folder has
+    no effect here or is missing; if the adapter was trained on other weights, unless `force`; and as lora.apply_lora
+    for layers with a shared weight, unless `untie`. FileNotFoundError if the folder holds no adapter.
+    """
+    directory = Path(directory).expanduser()
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found")
+    config, weights = ((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    return install_adapter(model, config, weights, directory, adapter, force=force, untie=untie, dtype=dtype)
+
+
+def install_adapter(
+    model: nn.Module,
+    config: bytes,
+    weights: bytes,
+    source: Path,
+    adapter: str = lora.DEFAULT,
+    *,
+    force: bool = False,
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+) -> lora.LoRAReport:
+    """As `load_adapters`, from the contents of the two files; `source` is for messages."""
+    settings = _read_config(config, source / CONFIG)
+    tensors, fingerprint = _read_tensors(weights, source / WEIGHTS)
+    try:
+        parts = _parts(model, tensors, settings)
+        lora.check_fit(model, parts)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be loaded: {error}") from None
+    comparable = fingerprint and not force and not any(weight.is_meta for weight in model.parameters())
+    if comparable and (found := base_fingerprint(model, parts)) != fingerprint:
+        raise ValueError(
+            f"{source} was trained on other weights: its base has the fingerprint {fingerprint[:12]}..., and this "
+            f"{type(model).__name__} has {found[:12]}...; force=True loads it all the same"
+        )
+    return lora.install(
+        model, adapter, parts, settings["use_rslora"], settings["lora_dropout"], dtype=dtype, untie=untie
+    )
+
+
+def _read_config(data: bytes, source: Path) -> dict[str, Any]:
+    """The settings that mean something here. Raises ValueError for one that means something only to PEFT."""
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{source} describes no LoRA: its peft_type must be LORA")
+    start, bias = config.pop("init_lora_weights", True), config.pop("bias", "none")
+    active = sorted(key for key, value in config.items() if value and key not in READ | NEUTRAL)
+    active += [f"init_lora_weights={start!r}"] if start not in PLAIN_STARTS else []
+    active += [f"bias={bias!r}"] if bias != "none" else []
+    if active:
+        raise ValueError(f"{source} asks for what this LoRA does not do: {', '.join(active)}")
+    settings = {key: value for key, value in config.items() if value is not None}
+    defaults = {"lora_dropout": 0.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    settings = defaults | {"target_modules": [], "exclude_modules": []} | settings
+    try:  # LoRAConfig knows what may stand there
+        lora.LoRAConfig(
+            settings["r"],
+            settings["lora_alpha"],
+            settings["lora_dropout"],
+            use_rslora=settings["use_rslora"],
+            rank_pattern=settings["rank_pattern"],
+            alpha_pattern=settings["alpha_pattern"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{source} does not say {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    return settings
+
+
+def _read_tensors(data: bytes, source: Path) -> tuple[dict[str, Tensor], str | None]:
+    """{name: tensor}, and the fingerprint of the base where one is recorded."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{source} is no safetensors file, or is cut short: {error}") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: its length, then JSON
+    return tensors, header.get("__metadata__", {}).get(FINGERPRINT)
+
+
+def _parts(
+    model: nn.Module, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{path: (A, B, alpha)}. Raises ValueError for a tensor without a place here and a targeted layer without one."""
+    layers, sides, problems = lora.adaptable(model), {}, []
+    for name, tensor in tensors.items():
+        path, side = _place(name.removeprefix(PREFIX), layers)
+        if not name.startswith(PREFIX) or side is None:
+            problems.append(f"{name} belongs to no layer of this model")
+        elif side == "base":  # PEFT saves a copy of an output head or embedding that has an adapter
+            if not layers[path].weight.is_meta and not torch.equal(tensor, layers[path].weight.to("cpu", tensor.dtype)):
+                problems.append(f"{name} is not what this model has there")
+        else:
+            sides.setdefault(path, {})[side] = tensor
+    problems += [f"{path} has only its lora_{next(iter(pair))}" for path, pair in sides.items() if len(pair) < 2]
+    if not settings.get("layers_to_transform"):
+        wanted, unwanted = (
+            {path for found in lora.matches(model, settings[key]).values() for path in found}
+            for key in ("target_modules", "exclude_modules")
+        )
+        problems += [f"{path} is targeted and has no tensors" for path in sorted(wanted - unwanted - sides.keys())]
+    parts = {}
+    for path, pair in sides.items() if not problems else ():
+        rank, alpha = (
+            next((n for key, n in settings[pattern].items() if re.fullmatch(rf"(.*\.)?({key})", path)), settings[usual])
+            for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        if pair["A"].size(0) != rank:
+            problems.append(f"{path} has rank {pair['A'].size(0)} where {CONFIG} says {rank}")
+        parts[path] = pair["A"], pair["B"], alpha
+    lora.raise_some("its tensors are not an adapter of this model", problems)
+    return parts
+
+
+def _place(key: str, layers: dict[str, nn.Module]) -> tuple[str, str | None]:
+    """(path of a layer, "A", "B" or "base") for the name of a tensor; None if it is none of these."""
+    path = key.rsplit(".", 1 if "lora_embedding_" in key else 2)[0]
+    if path not in layers:
+        return key, None
+    A, B = lora.kind_of(layers[path]).keys
+    return path, {A: "A", B: "B", "base_layer.weight": "base"}.get(key.removeprefix(f"{path}."))

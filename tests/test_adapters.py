@@ -1,0 +1,331 @@
+"""adapters.py against the peft package, both ways, and against everything that must not pass in silence."""
+
+import copy
+import json
+import os
+import stat
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
+from torch import nn
+from transformers import Conv1D
+
+from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
+from files import SaveError
+from lora import (
+    LoRAConfig,
+    adapter_names,
+    add_adapter,
+    add_weighted_sum,
+    apply_lora,
+    lora_state_dict,
+    merge_lora,
+    remove_lora,
+    set_active,
+)
+from model import GPT, GPTConfig
+
+SETTINGS = [
+    {"rank": 4, "targets": ["c_attn", "c_proj"]},
+    {"rank": 4, "alpha": 3, "targets": "all-linear", "use_rslora": True, "dropout": 0.1},
+    {"rank": 4, "targets": "all-linear", "rank_pattern": {"c_proj": 2}, "alpha_pattern": {r"h\.1\..*": 5}},
+    {"rank": 2, "targets": ["c_attn", "wte"]},
+    {"rank": 2, "targets": ["c_fc", "lm_head"]},
+]
+
+
+def llama_settings(settings):
+    names = {"c_attn": "q_proj", "c_proj": "down_proj", "c_fc": "v_proj", "wte": "embed_tokens"}
+    names |= {r"h\.1\..*": r"layers\.1\..*"}
+    targets = settings["targets"]
+    renamed = {"targets": targets if isinstance(targets, str) else [names.get(name, name) for name in targets]}
+    patterns = {
+        key: {names[k]: v for k, v in settings.get(key, {}).items()} for key in ("rank_pattern", "alpha_pattern")
+    }
+    return {**settings, **renamed, **patterns}
+
+
+CASES = [(gpt2, settings) for settings in SETTINGS] + [(llama, llama_settings(settings)) for settings in SETTINGS]
+
+
+def untied(build):
+    return build(tie_word_embeddings=False, **({"pad_token_id": 0} if build is llama else {}))
+
+
+def twins():
+    """A Transformers GPT-2 and our GPT with the same weights."""
+    theirs = gpt2(activation_function="gelu", tie_word_embeddings=False)
+    ours = GPT(GPTConfig(16, VOCAB, 2, 3, 24, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            module = theirs.get_submodule(name.rpartition(".")[0])
+            weight = theirs.get_parameter(name)
+            parameter.copy_(weight.t() if isinstance(module, Conv1D) and weight.dim() == 2 else weight)
+    return theirs, ours
+
+
+def opened_by_peft(model, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # GPT-2 has both kinds where the head is adapted
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+        return PeftModel.from_pretrained(model, directory).eval()
+
+
+def made_by_peft(model, settings, directory):
+    """An adapter that PEFT has trained for some steps on `model`, saved by PEFT; its logits and merged logits."""
+    names = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(**{names.get(k, k): v for k, v in settings.items()}, task_type="CAUSAL_LM")
+        theirs = get_peft_model(copy.deepcopy(model), config)
+        optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.5)
+        for step in range(3):
+            x = tokens(2, 8, seed=step)
+            theirs(x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        theirs.save_pretrained(directory)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("build", "settings"), CASES)
+def test_what_we_save_peft_opens_to_the_same_logits(build, settings, tmp_path):
+    base = untied(build)
+    model = copy.deepcopy(base)
+    apply_lora(model, LoRAConfig(**settings))
+    trained(model)
+    save_adapters(model, tmp_path / "new", base="the/base", task_type="CAUSAL_LM")
+    x = tokens(3, 16)
+    assert not torch.allclose(logits(model, x), logits(base, x), atol=1e-2)
+    theirs = opened_by_peft(base, tmp_path / "new")
+    torch.testing.assert_close(theirs(x).logits, logits(model.eval(), x), atol=1e-5, rtol=1e-5)
+    assert theirs.peft_config["default"].base_model_name_or_path == "the/base"
+
+
+@pytest.mark.parametrize(("build", "settings"), CASES)
+def test_what_peft_trained_opens_here_to_the_same_logits_and_merges_to_the_same_weights(build, settings, tmp_path):
+    model = untied(build)
+    theirs = made_by_peft(model, settings, tmp_path)
+    load_adapters(model, tmp_path)
+    x = tokens(3, 16)
+    torch.testing.assert_close(logits(model, x), theirs(x).logits, atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora." not in name)
+    merge_lora(model)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(logits(model, x), merged(x).logits, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, merged.get_parameter(name), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_adapter_of_our_gpt_opens_on_transformers_gpt2_and_the_other_way_round(settings, tmp_path):
+    theirs, ours = twins()
+    x = tokens(3, 16)
+    torch.testing.assert_close(logits(ours, x), logits(theirs, x), atol=1e-6, rtol=1e-6)
+    apply_lora(ours, LoRAConfig(**settings))
+    trained(ours)
+    save_adapters(ours, tmp_path / "ours", fan_in_fan_out=True)
+    expected = logits(ours.eval(), x)
+    torch.testing.assert_close(
+        opened_by_peft(copy.deepcopy(theirs), tmp_path / "ours")(x).logits, expected, atol=1e-5, rtol=1e-5
+    )
+    load_adapters(theirs, tmp_path / "ours")  # its fingerprint does not mind how the layers store their weights
+    torch.testing.assert_close(logits(theirs, x), expected, atol=1e-5, rtol=1e-5)
+    remove_lora(theirs)
+    remove_lora(ours)
+    peft = made_by_peft(theirs, settings, tmp_path / "peft")
+    load_adapters(ours, tmp_path / "peft")
+    torch.testing.assert_close(logits(ours, x), peft(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_files_hold_what_peft_needs_and_are_readable_by_others(tmp_path):
+    model = gpt2()
+    apply_lora(model, LoRAConfig(rank=4, targets=["c_attn"]))
+    old = os.umask(0o022)
+    try:
+        save_adapters(trained(model), tmp_path)
+    finally:
+        os.umask(old)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o644}
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["peft_type"] == "LORA" and config["fan_in_fan_out"] is True and config["inference_mode"] is True
+    assert config["r"] == 4 and config["lora_alpha"] == 8
+    assert config["target_modules"] == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert tensors.keys() == {f"base_model.model.{key}" for key in lora_state_dict(model)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_give_the_same_bits(dtype, tmp_path):
+    model = llama().to(dtype)
+    base = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(rank=4, alpha=5, dropout=0.2, targets=["q_proj", "o_proj"]))
+    save_adapters(trained(model), tmp_path)
+    load_adapters(base, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert repr(model) == repr(base)  # which shows rank, alpha and dropout of every layer
+
+
+def test_one_of_several_adapters_is_saved_by_its_name_and_loads_beside_others(tmp_path):
+    model = gpt()
+    base = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(rank=2, targets=["c_attn"]), adapter="one")
+    add_adapter(model, "two", LoRAConfig(rank=3, targets=["c_fc"]))
+    trained(model, "one", seed=1), trained(model, "two", seed=2)
+    add_weighted_sum(model, "sum", {"one": 0.5, "two": -2.0})
+    for name in ("one", "two", "sum"):
+        save_adapters(model, tmp_path / name, name)
+        load_adapters(base, tmp_path / name, name)
+    assert sorted(adapter_names(base)) == ["one", "sum", "two"]
+    x = tokens(2, 16)
+    for name in ("one", "two", "sum"):
+        set_active(model, name), set_active(base, name)
+        torch.testing.assert_close(logits(base, x), logits(model, x), atol=0, rtol=0)
+
+
+def test_an_adapter_on_another_base_is_refused_unless_forced(tmp_path):
+    model, other = gpt(), gpt()
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapters(trained(model), tmp_path)
+    with torch.no_grad():
+        other.transformer.h[1].mlp.c_fc.weight[3, 4] += 0.01
+    with pytest.raises(ValueError, match=r"trained on other weights: its base has the fingerprint [0-9a-f]{12}.*force"):
+        load_adapters(other, tmp_path)
+    assert adapter_names(other) == [] and all(p.requires_grad for p in other.parameters())
+    load_adapters(other, tmp_path, force=True)
+    assert adapter_names(other) == ["default"]
+
+
+def test_the_base_in_bfloat16_is_the_same_base(tmp_path):
+    model, half = gpt(), gpt().bfloat16()
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapters(trained(model), tmp_path)
+    load_adapters(half, tmp_path, dtype=torch.float32)
+    assert half.transformer.h[0].attn.c_attn.lora["default"].A.dtype == torch.float32
+
+
+def test_a_tied_head_has_to_be_allowed(tmp_path):
+    model = gpt()
+    apply_lora(model, LoRAConfig(rank=2, targets=["lm_head"]), untie=True)
+    save_adapters(trained(model), tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with transformer\.wte"):
+        load_adapters(gpt(), tmp_path)
+    load_adapters(gpt(), tmp_path, untie=True)
+
+
+def spoil_config(**changes):
+    def spoil(directory):
+        config = json.loads((directory / CONFIG).read_text()) | changes
+        (directory / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+    return spoil
+
+
+def spoil_tensors(change):
+    def spoil(directory):
+        tensors = load_file(directory / WEIGHTS)
+        change(tensors)
+        save_file(tensors, directory / WEIGHTS)
+
+    return spoil
+
+
+KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
+COPY = "base_model.model.transformer.h.0.attn.c_attn.base_layer.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_config(peft_type="LOHA"), "describes no LoRA"),
+        (spoil_config(use_dora=True), "asks for what this LoRA does not do: use_dora"),
+        (spoil_config(modules_to_save=["wte"], bias="all"), "modules_to_save, bias='all'"),
+        (spoil_config(a_future_setting=3), "a_future_setting"),
+        (spoil_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (spoil_config(r="absent"), "does not say 'r'"),
+        (spoil_config(r=-1), "rank=-1 must be a whole number above 0"),
+        (spoil_config(lora_alpha="twice"), "alpha='twice' must be a number"),
+        (spoil_config(rank_pattern=3), CONFIG),
+        (spoil_config(r=5), "has rank 4 where adapter_config.json says 5"),
+        (spoil_config(target_modules=["c_attn", "c_fc"]), "transformer.h.0.mlp.c_fc is targeted and has no tensors"),
+        (spoil_tensors(lambda t: t.pop(KEY.format("B"))), "transformer.h.0.attn.c_attn has only its lora_A"),
+        (
+            spoil_tensors(lambda t: [t.pop(KEY.format(s)) for s in "AB"]),
+            "transformer.h.0.attn.c_attn is targeted and has no tensors",
+        ),
+        (
+            spoil_tensors(lambda t: t.update({k.removeprefix("base_model.model."): t.pop(k) for k in list(t)})),
+            "transformer.h.0.attn.c_attn.lora_A.weight belongs to no layer",
+        ),
+        (
+            spoil_tensors(lambda t: t.update({"base_model.model.score.weight": torch.ones(2)})),
+            "score.weight belongs to no layer",
+        ),
+        (spoil_tensors(lambda t: t.update({KEY.format("A"): torch.ones(4, 23)})), r"which A \(4, 23\) and B \(72, 4\)"),
+        (spoil_tensors(lambda t: t.update({COPY: torch.ones(72, 24)})), "base_layer.weight is not what this model has"),
+        (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), "is no safetensors file, or is cut"),
+        (lambda d: (d / CONFIG).write_text("{"), "is no JSON"),
+        (lambda d: (d / CONFIG).write_text("[]"), "describes no LoRA"),
+        (lambda d: (d / WEIGHTS).unlink(), "holds no adapter: adapter_model.safetensors not found"),
+    ],
+)
+def test_nothing_passes_in_silence(spoil, words, tmp_path):
+    model = gpt()
+    apply_lora(model, LoRAConfig(rank=4, targets=["c_attn"]))
+    save_adapters(trained(model), tmp_path)
+    spoil(tmp_path)
+    base = gpt()
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        load_adapters(base, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert adapter_names(base) == [] and all(p.requires_grad for p in base.parameters())
+
+
+def test_a_copy_of_the_head_that_peft_saves_along_is_no_problem_where_it_is_the_models(tmp_path):
+    model = untied(gpt2)
+    made_by_peft(model, {"rank": 2, "targets": ["lm_head"]}, tmp_path)
+    assert any(key.endswith("base_layer.weight") for key in load_file(tmp_path / WEIGHTS))
+    load_adapters(model, tmp_path)
+
+
+def test_an_adapter_for_some_layers_only_loads(tmp_path):
+    model = gpt2()
+    theirs = made_by_peft(model, {"rank": 2, "targets": ["c_attn"], "layers_to_transform": [1]}, tmp_path)
+    report = load_adapters(model, tmp_path)
+    assert report.matched == ("transformer.h.1.attn.c_attn",)
+    x = tokens(2, 16)
+    torch.testing.assert_close(logits(model, x), theirs(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_any_module_will_do(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    base = copy.deepcopy(model)
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapters(trained(model), tmp_path)
+    load_adapters(base, tmp_path)
+    x = torch.randn(4, 3)
+    assert torch.equal(base(x), model(x))
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    model = gpt()
+    apply_lora(model, LoRAConfig(rank=2))
+    trained(model, size=float("inf"))
+    with pytest.raises(ValueError, match="not finite, first in transformer"):
+        save_adapters(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    model = gpt()
+    apply_lora(model, LoRAConfig(rank=2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match=r"cannot write .*file/adapter_model\.safetensors"):
+        save_adapters(trained(model), tmp_path / "file")
