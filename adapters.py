@@ -87,9 +87,18 @@ def adapter_files(
     tensors = {PREFIX + key: tensor for key, tensor in state.items()}
     # The tensors first: whoever finds the configuration finds what it describes.
     return {
-        WEIGHTS: safetensors.torch.save(tensors, metadata),
+        WEIGHTS: _in_order(safetensors.torch.save(tensors, metadata)),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library orders metadata anew in every process, and one
+    adapter would have many hashes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the tensors
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _commonest(values: Iterable[Any]) -> Any:

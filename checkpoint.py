@@ -6,13 +6,17 @@
     python checkpoint.py prune                         torn and superseded runs (deletes with --yes)
 
 `ckpt.pt` holds the best weights by validation loss and is self-contained; `last/state.pt` is what a run needs to go on
-exactly. `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and sha256.
-What people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl, loss.png.
+exactly. A LoRA directory has `adapters/` instead of ckpt.pt, in PEFT's format, and knows where its base lies and which
+sha256 that has. `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and
+sha256. What people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl,
+loss.png.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -27,6 +31,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+import adapters
 import files
 import lora
 from model import GPT, GPTConfig
@@ -34,6 +39,8 @@ from naming import ModelName
 
 WEIGHTS = "ckpt.pt"
 STATE = "last/state.pt"
+ADAPTERS = "adapters"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTERS}/{adapters.CONFIG}", f"{ADAPTERS}/{adapters.WEIGHTS}"
 TOKENIZER = "tokenizer.json"
 MODEL_ARGS = "model_args.json"
 CONFIG = "config.json"
@@ -68,13 +75,20 @@ class CheckpointManager:
         `best`, the weights become ckpt.pt. `training_state` (tensors and builtins) goes to last/state.pt with the
         weights. `texts` are further small files by name. Raises files.SaveError when the disk refuses; what was saved
         before is then untouched.
+
+        Of a model with an adapter, the adapter alone is saved, and `metadata` needs base, what `base_reference` gave.
         """
         directory, model = Path(directory), bare(model)
-        if lora.adapter_names(model):
-            raise ValueError(f"{directory}: the model still has adapters; merge them first (lora.merge_lora)")
+        adapted = bool(lora.adapter_names(model))
+        if adapted != ("base" in metadata):
+            raise ValueError(
+                f"{directory}: a model with adapters is saved with its base (CheckpointManager.base_reference), or "
+                "merged first (lora.merge_lora); one without has none"
+            )
         arguments = model_args(model.config)
+        own = lora.lora_state_dict(model) if adapted else {}
         common = {
-            "model": model.state_dict(),
+            "model": own or model.state_dict(),
             "model_args": arguments,
             "config": metadata["config"],
             "iter_num": int(metadata["iter_num"]),
@@ -83,7 +97,7 @@ class CheckpointManager:
         about = {
             "format": "nanoforge-1",
             "name": directory.resolve().name,
-            "parameters": model.num_params(),
+            "parameters": model.num_params() - lora.count_parameters(model),
             "iter_num": common["iter_num"],
             "best_val_loss": common["best_val_loss"],
             **{key: value for key, value in metadata.items() if key not in common},
@@ -95,8 +109,16 @@ class CheckpointManager:
             CONFIG: _json(metadata["config"]),
             **(texts or {}),
         }
+        if adapted:
+            about["adapter_parameters"] = sum(tensor.numel() for tensor in own.values())
+        if best and adapted:
+            # A GPT-2-style model's layers are Transformers' Conv1D there, which store (in, out).
+            written = adapters.adapter_files(
+                model, base=metadata["base"]["given"], task_type="CAUSAL_LM", fan_in_fan_out=True
+            )
+            small |= {f"{ADAPTERS}/{name}": data for name, data in written.items()}
         writers = {name: _write_bytes(data) for name, data in small.items()}
-        if best:
+        if best and not adapted:
             writers[WEIGHTS] = lambda file: torch.save(common, file)
         if training_state is not None:
             writers[STATE] = lambda file: torch.save({**common, **training_state}, file)
@@ -109,18 +131,26 @@ class CheckpointManager:
         device: str | torch.device = "cpu",
         apply_lora: bool = False,
         lora_config: dict[str, Any] | None = None,
+        base: str | Path | None = None,
     ) -> tuple[GPT, dict[str, Any]]:
         """The best weights of a directory, or of a nanoGPT ckpt.pt, as (model, metadata).
 
         metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
         With apply_lora, the model is frozen and has a new adapter to train; `lora_config` has LoRAConfig's settings in
-        any of its spellings.
+        any of its spellings. A LoRA directory gives its base with its adapter; `base` says where that lies now if it
+        was moved. Raises ValueError for a base that is not the one the adapter was trained on.
         """
         if lora_config and not apply_lora:
             raise ValueError("lora_config is given, but apply_lora is not true")
         directory, name = _locate(path)
-        checkpoint = _load(directory, name, device)
-        model = build_model(checkpoint, directory / name)
+        marker = files.read_marker(directory)
+        if is_lora(marker):
+            model, checkpoint = _load_adapted(directory, marker, base, device)
+        elif base:
+            raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
+        else:
+            checkpoint = _load(directory, name, device)
+            model = build_model(checkpoint, directory / name)
         if apply_lora:
             lora.apply_lora(model, lora.LoRAConfig.from_dict(lora_config or {}))
         kept = ("model_args", "config", "iter_num", "best_val_loss")
@@ -128,15 +158,60 @@ class CheckpointManager:
         return model, {**metadata, "directory": directory, "export_meta": files.read_marker(directory)}
 
     @staticmethod
-    def load_model_for_inference(path: str | Path, device: str | torch.device = "cpu") -> GPT:
-        """The best weights, in eval mode."""
-        return CheckpointManager.load_model(path, device)[0].eval()
+    def load_model_for_inference(
+        path: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
+    ) -> GPT:
+        """The best weights, in eval mode, an adapter's merged into its base's."""
+        model = CheckpointManager.load_model(path, device, base=base)[0].eval()
+        if lora.adapter_names(model):
+            lora.merge_lora(model)
+        return model
 
     @staticmethod
     def load_training_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         """What `save_checkpoint` was given as training_state, with the weights as they were at that step."""
         directory, _ = _locate(path)
         return _load(directory, STATE, device)
+
+    @staticmethod
+    def base_reference(base: str | Path, directory: str | Path) -> dict[str, str]:
+        """What a LoRA run in `directory` remembers of the model it adapts: relative path and sha256 of its weights."""
+        folder, name = _locate(base)
+        path = os.path.relpath((folder / name).resolve(), Path(directory).resolve())
+        return {"path": Path(path).as_posix(), "sha256": _sha256(folder, name), "given": str(base)}
+
+    @staticmethod
+    def load_base(
+        directory: str | Path, base: str | Path | None = None, device: str | torch.device = "cpu"
+    ) -> tuple[GPT, dict[str, str]]:
+        """The model that a LoRA directory adapts, as the run saw it, and the reference to where it was found.
+
+        `base` is where it lies now if it was moved. Raises FileNotFoundError or ValueError, with the path and the hash
+        that were expected, if it is not there or is another.
+        """
+        directory = Path(directory)
+        about = read_about(directory) or {}
+        if not is_lora(about):
+            raise ValueError(f"{directory} is no LoRA directory, so it has no base")
+        expected, path = about["base"]["sha256"], Path(base) if base else directory / about["base"]["path"]
+        try:
+            found = _sha256(*_locate(path))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{directory} needs its base, and there is none at {path}: {Path(about['base']['path']).name} with "
+                f"sha256 {expected} ({about['base']['given']} when it was trained); if it was moved, --base says where"
+            ) from None
+        if found != expected:
+            raise ValueError(
+                f"{path} is not the base of {directory}: its sha256 is {found}, and the adapter was trained on "
+                f"{expected} ({about['base']['given']}); if that was moved, --base says where"
+            )
+        model, _ = CheckpointManager.load_model(path, device)
+        with files.open_verified(directory, MODEL_ARGS) as file:
+            wanted = GPTConfig(**json.load(file))
+        model = reshaped(model.float(), wanted.block_size, wanted.dropout)
+        reference = CheckpointManager.base_reference(path, directory)
+        return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
@@ -161,7 +236,7 @@ class CheckpointManager:
         if not problems:
             try:
                 CheckpointManager.load_model(directory, "meta")
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
         return problems
 
@@ -180,6 +255,57 @@ def model_args(config: GPTConfig) -> dict[str, Any]:
     defaults = GPTConfig()
     values = asdict(config)
     return {k: v for k, v in values.items() if k in first_seven or v != getattr(defaults, k)}
+
+
+def is_lora(about: dict[str, Any] | None) -> bool:
+    """Whether the marker of a directory is a LoRA run's, whose weights are its base's and an adapter's."""
+    return "base" in (about or {})
+
+
+def _sha256(directory: Path, name: str) -> str:
+    """Of the weights of a directory: as its marker has it, which loading them compares, or of the file."""
+    marker = files.read_marker(directory)
+    if is_lora(marker):
+        raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
+    if name in (marker or {"files": {}})["files"]:
+        return marker["files"][name]["sha256"]
+    with open(directory / name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_adapted(
+    directory: Path, about: dict[str, Any], base: str | Path | None, device: str | torch.device
+) -> tuple[GPT, dict[str, Any]]:
+    """The model of a LoRA directory, and what a ckpt.pt would say besides the weights."""
+    model, _ = CheckpointManager.load_base(directory, base, device)
+    names = (MODEL_ARGS, CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    content = {}
+    for name in names:
+        with files.open_verified(directory, name) as file:
+            content[name] = file.read()
+    try:
+        adapters.install_adapter(
+            model, content[ADAPTER_CONFIG], content[ADAPTER_WEIGHTS], directory / ADAPTERS, untie=True
+        )
+    except ValueError as error:
+        if files.read_marker(directory) == about:
+            raise
+        raise ValueError(f"{directory} was saved anew while it was read; try again ({error})") from None
+    said = {"model_args": json.loads(content[MODEL_ARGS]), "config": json.loads(content[CONFIG])}
+    return model, {
+        **said,
+        "iter_num": (about.get("best") or about)["iter_num"],
+        "best_val_loss": about["best_val_loss"],
+    }
+
+
+def reshaped(model: GPT, block_size: int | None = None, dropout: float | None = None) -> GPT:
+    """The same weights with another dropout and a context shortened to block_size."""
+    config = replace(model.config, dropout=model.config.dropout if dropout is None else dropout)
+    model = build_model({"model": model.state_dict(), "model_args": asdict(config)}, Path("the model"))
+    if block_size not in (None, config.block_size):
+        model.crop_block_size(block_size)
+    return model
 
 
 def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
@@ -292,17 +418,25 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
     synthetic = (
         " **The text is synthetic**: generated by a grammar, for trying things out." if dataset.get("synthetic") else ""
     )
+    if is_lora(about):
+        kind = f"An adapter (LoRA) of {about['adapter_parameters']:,} parameters for {about['base']['given']}, a GPT of"
+        file, use = f"{ADAPTERS}/", f"python merge_lora.py models/{about['name']}  # a model of its own"
+    else:
+        kind, file, use = "A GPT of", WEIGHTS, ""
+    if merge := about.get("merge"):
+        kind = f"{merge['base']['given']} and the adapter {merge['adapter']['name']} merged into one: a GPT of"
     numbers = "".join(f"| {key.replace('_', ' ')} | {value:.4f} |\n" for key, value in best.get("metrics", {}).items())
     return (
         f"# {about['name']}\n\n"
-        f"A GPT of {about['parameters']:,} parameters, trained with nanoforge for {about['iter_num']:,} steps on "
+        f"{kind} {about['parameters']:,} parameters, trained with nanoforge for {about['iter_num']:,} steps on "
         f"{dataset.get('name', 'an unnamed dataset')}.{synthetic}\n\n"
         f"- Source: {dataset.get('source', 'unknown')}\n"
         f"- Licence of the text: {dataset.get('licence', 'unknown')}\n"
         f"- Architecture: {', '.join(f'{k} {v}' for k, v in arguments.items())}\n\n"
-        + (f"| ckpt.pt, iteration {best['iter_num']:,} | |\n| --- | --- |\n{numbers}\n" if numbers else "")
+        + (f"| {file}, iteration {best['iter_num']:,} | |\n| --- | --- |\n{numbers}\n" if numbers else "")
         + "```python\nfrom checkpoint import CheckpointManager\n\n"
         f'model = CheckpointManager.load_model_for_inference("models/{about["name"]}")\n```\n'
+        + (f"\n```bash\n{use}\n```\n" if use else "")
     )
 
 
@@ -380,6 +514,8 @@ def deploy(directory: Path, destination: Path) -> str:
     about = read_about(directory)
     if about is None:
         raise ValueError(f"{directory} is not a complete model directory")
+    if is_lora(about):
+        raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
     there = read_about(destination) if destination.is_dir() else None
     if there is not None and there["name"] != about["name"]:
         raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
@@ -424,9 +560,16 @@ def superseded(complete: list[Path]) -> dict[Path, str]:
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
     states = models_in(root)
+    complete = [path for path, state in states.items() if state == "complete"]
     doomed = {path: "torn" for path, state in states.items() if state == "torn"}
-    doomed |= superseded([path for path, state in states.items() if state == "complete"])
+    doomed |= superseded(complete)
     lines = []
+    for path in complete:
+        if is_lora(about := read_about(path)):
+            base = (path / about["base"]["path"]).resolve().parent
+            for older in [other for other in doomed if other.resolve() == base]:
+                lines.append(f"kept {older}: it is the base of {path.name}")
+                del doomed[older]
     for path, reason in doomed.items():
         size = f"{size_on_disk(path) / 1e6:,.0f} MB"
         try:

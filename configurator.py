@@ -11,12 +11,14 @@ are gathered and reported together, each with its source and the nearest valid n
 import ast
 import difflib
 import math
+import re
 import runpy
 import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from lora import ALL_LINEAR, SPELLINGS, LoRAConfig
 from model import PRESETS, GPTConfig
 
 
@@ -46,6 +48,28 @@ class RunConfig:
     bias: bool | None = setting(None, "biases in linear layers and layer norms", resume="refuse")
     tie_word_embeddings: bool | None = setting(None, "lm_head shares the token embedding", resume="refuse")
     dropout: float = setting(0.0, "probability; 0 is right while no text is seen twice", resume="warn")
+
+    lora: bool = setting(False, "train adapters on the frozen model of init_from, not its weights", resume="refuse")
+    lora_rank: int = setting(8, "rank of the adapters", resume="refuse")
+    lora_alpha: float | None = setting(None, "scales them by alpha / rank; unset: 2 * lora_rank", resume="refuse")
+    lora_dropout: float = setting(0.0, "probability, on what the adapters read", resume="warn")
+    lora_targets: str = setting(
+        "all-linear",
+        "layers: ends of names with commas between, a regular expression for whole names, or all-linear (not the head)",
+        resume="refuse",
+    )
+    lora_exclude: str = setting("", "layers to leave out, written like lora_targets", resume="refuse")
+    lora_use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), made for high ranks", resume="refuse")
+    lora_untie: bool = setting(
+        False, "allow adapters on a tied lm_head or token embedding, which merging then unties", resume="refuse"
+    )
+    lora_one_micro_batch: bool = setting(
+        False,
+        "set gradient_accumulation_steps to 1, as some tools insist for LoRA; it only makes the step smaller, for "
+        "accumulated adapter gradients equal those of the big batch",
+        resume="refuse",
+    )
+    base: str = setting("", "where the base of a resumed LoRA run lies now, if it was moved")
 
     batch_size: int = setting(4, "sequences in a micro-batch", resume="warn")
     gradient_accumulation_steps: int = setting(4, "micro-batches in a step, over all processes", resume="warn")
@@ -104,11 +128,24 @@ class RunConfig:
             found.append(
                 f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is {self.schedule}"
             )
-        try:
-            self.model_config(vocab_size=1)
-        except ValueError as error:
-            found.append(str(error))
-        return found
+        for build in (lambda: self.model_config(vocab_size=1), self.lora_config):
+            try:
+                build()
+            except ValueError as error:
+                found.append(str(error))
+        return found + self._lora_problems()
+
+    def _lora_problems(self) -> list[str]:
+        if self.lora:
+            needs_base = self.init_from == "scratch"
+            return ["lora=true adapts a model that exists: say which with init_from"] if needs_base else []
+        idle = [f for name, f in FIELDS.items() if name.startswith("lora_") and getattr(self, name) != f.default]
+        return [f"{f.name}={getattr(self, f.name)} means nothing without lora=true" for f in idle]
+
+    @property
+    def micro_batches(self) -> int:
+        """In a step, over all processes."""
+        return 1 if self.lora_one_micro_batch else self.gradient_accumulation_steps
 
     @property
     def decay_end(self) -> int:
@@ -122,6 +159,12 @@ class RunConfig:
     def final_lr(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
+    def lora_config(self) -> LoRAConfig:
+        targets, exclude = map(_selection, (self.lora_targets, self.lora_exclude))
+        return LoRAConfig(
+            self.lora_rank, self.lora_alpha, self.lora_dropout, targets, exclude, use_rslora=self.lora_use_rslora
+        )
+
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The preset with this configuration's overrides; vocab_size counts where none was given."""
         names = {f.name for f in fields(GPTConfig)}
@@ -130,6 +173,16 @@ class RunConfig:
 
 
 FIELDS = {f.name: f for f in fields(RunConfig)}
+NAMES = ("lora_targets", "lora_exclude")  # lists of names, kept with commas between them
+LORA_KEYS = {
+    spelling: f"lora_{name}"
+    for name, others in SPELLINGS.items()
+    if f"lora_{name}" in FIELDS
+    for spelling in (name, *others)
+}
+ALIASES = {key: name for key, name in LORA_KEYS.items() if key not in FIELDS}  # `dropout` is the model's own
+LORA_KEYS |= {"enabled": "lora"} | {name.removeprefix("lora_"): name for name in FIELDS if name.startswith("lora_")}
+ALIASES |= {f"lora.{key}": name for key, name in LORA_KEYS.items()}
 
 
 def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
@@ -141,16 +194,16 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
     problems: list[str] = []
     files = [a for a in arguments if "=" not in a and not a.startswith("-")]
     for path in files:
-        read = _read_file(path, problems)
-        given |= {key: (value, source) for key, value, source in read if _known(key, source, problems)}
+        given |= _settled(_read_file(path, problems), problems)
+    entries = []
     for argument in (a for a in arguments if a not in files):
         key, equals, text = argument.removeprefix("--").partition("=")
-        source = f"argument {argument}"
-        if not equals:
-            if _known(key, source, problems):
-                problems.append(f"{source}: a setting is written --{key}=value")
-        elif _known(key, source, problems):
-            given[key] = (text if FIELDS[key].type is str else _parse(text), source)
+        if equals:
+            entries.append((key, text, f"argument {argument}"))
+        elif _known(key, f"argument {argument}", problems):
+            problems.append(f"argument {argument}: a setting is written --{key}=value")
+    for key, (text, source) in _settled(entries, problems).items():
+        given[key] = (text if FIELDS[key].type is str else _parse(text), source)
     values = {}
     for key, (value, source) in given.items():
         try:
@@ -195,8 +248,25 @@ def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
     return [(key, value, named[key]) for key, value in {**values, **config}.items()]
 
 
+def _settled(entries: list[tuple[str, Any, str]], problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """{setting: (value, source)} of what one file, or the command line, gives under whatever spelling."""
+    settled: dict[str, tuple[Any, str]] = {}
+    spelled: dict[str, tuple[str, Any]] = {}
+    for key, value, source in entries:
+        if key == "lora" and isinstance(value, dict):  # a group in a file
+            inner = [(f"lora.{name}", item, source) for name, item in value.items()]
+            settled |= _settled(inner, problems)
+        elif _known(key, source, problems):
+            name = ALIASES.get(key, key)
+            first, before = spelled.setdefault(name, (key, value))
+            if first != key and before != value:
+                problems.append(f"{source}: {first}={before!r} and {key}={value!r} give {name} two values")
+            settled[name] = (value, source)
+    return settled
+
+
 def _known(key: str, source: str, problems: list[str]) -> bool:
-    if key in FIELDS:
+    if key in FIELDS or key in ALIASES:
         return True
     close = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else "--help lists the settings"
@@ -221,6 +291,9 @@ def _typed(key: str, value: Any) -> Any:
     if value is None and type(None) in types:
         return None
     kind = types[0]
+    if key in NAMES:
+        listed = _parse(value) if isinstance(value, str) and value.startswith("[") else value
+        value = ",".join(map(str, listed)) if isinstance(listed, list | tuple | set) else value
     if kind is str:
         value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
         if choices and value not in choices:
@@ -238,6 +311,12 @@ def _typed(key: str, value: Any) -> Any:
         return kind(value)
     words = {bool: "true or false", int: "a whole number", float: "a number"}
     raise ValueError(f"{key}={value!r} must be {words[kind]}")
+
+
+def _selection(names: str) -> str | list[str]:
+    """Names with commas between them as a list; a regular expression, or all-linear, as it is."""
+    plain = names != ALL_LINEAR and re.fullmatch(r"[\w.-]*(\s*,\s*[\w.-]+)*", names)
+    return [name.strip() for name in names.split(",") if name.strip()] if plain else names
 
 
 def merge_resumed(
@@ -273,6 +352,7 @@ def help_text(config: RunConfig) -> str:
         "  python train.py config/train_scientific.py                 a configuration file\n"
         "  python train.py config/train_scientific.py --max_iters=50  with a setting changed\n"
         "  python train.py --init_from=resume --out_dir=models/NAME   go on where a run stopped\n"
+        "  python train.py config/finetune_lora.py lora.r=4           adapt a model; LoRA's other spellings will do\n"
         "  torchrun --nproc_per_node=2 train.py FILE                  several processes\n\n"
         "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
     )

@@ -155,7 +155,7 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
             marker = json.loads((directory / name).read_bytes())
             if isinstance(marker, dict) and isinstance(marker.get("files"), dict):
                 return marker
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except ValueError:
             pass

@@ -215,6 +215,11 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in _adapted(model).values() for name in layer.lora))
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Of all adapters together."""
+    return sum(p.numel() for layer in _adapted(model).values() for p in layer.lora.parameters())
+
+
 def active_adapter(model: nn.Module) -> str | None:
     return next((layer.lora.active for layer in _adapted(model).values()), None)
 

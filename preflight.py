@@ -1,9 +1,11 @@
 """Before the loop: from a configuration to the model, data and directory of a run, or to what is in the way of one."""
 
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 
 import files
-from checkpoint import LOG, METRICS, CheckpointManager, build_model, read_about
+import lora
+from checkpoint import LOG, METRICS, CheckpointManager, build_model, read_about, reshaped
 from configurator import RunConfig, merge_resumed
-from data.tokens import Dataset, dataset_problems, load_dataset
+from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
 from model import GPT, PRESETS, GPTConfig
 from naming import ModelName, size_label
@@ -24,13 +27,15 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass
 class Start:
-    """What a trainer starts from. `config` has its architecture and out_dir filled in; `state` is that of a resume."""
+    """What a trainer starts from. `config` has its architecture and out_dir filled in; `state` is that of a resume, and
+    `base` what a LoRA run remembers of the model it adapts."""
 
     config: RunConfig
     dataset: Dataset
     directory: Path
     model: GPT
     state: dict[str, Any] | None = None
+    base: dict[str, str] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -42,13 +47,12 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     """
     if config.init_from == "resume":
         return _resume(config, given, ranks)
-    stored = CheckpointManager.find_tokenizer(config.init_from) if config.init_from != "scratch" else None
+    _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
+    model = stored = None
+    if config.init_from != "scratch":
+        model, stored = base_model(config, given), CheckpointManager.find_tokenizer(config.init_from)
     dataset = find_dataset(config.dataset, ranks, stored)
-    if config.init_from == "scratch":
-        model, architecture = None, config.model_config(_vocab_size(config, dataset))
-    else:
-        model = base_model(config, given, dataset)
-        architecture = model.config
+    architecture = model.config if model else config.model_config(_vocab_size(config, dataset))
     name = conventional_name(architecture, config)
     directory = Path(config.out_dir or Path("models") / str(name)).expanduser()
     problems, notes = name_problems(directory, name, count_parameters(architecture))
@@ -57,14 +61,17 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
             f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"
         )
     problems += dataset_problems(dataset.directory, architecture.block_size, architecture.vocab_size)
-    problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, architecture)
+    torch.manual_seed(config.seed)
+    try:
+        notes += adapt(model, config) if config.lora else []
+    except ValueError as error:
+        problems.append(str(error).replace("untie=True", "lora_untie=true"))
+    trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
+    problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable)
     _raise_all(problems)
-    if model is None:
-        torch.manual_seed(config.seed)
-        model = GPT(architecture)
-    return Start(
-        replace(config, out_dir=str(directory), **asdict(architecture)), dataset, directory, model, None, notes
-    )
+    base = CheckpointManager.base_reference(config.init_from, directory) if config.lora else None
+    config = replace(config, out_dir=str(directory), **asdict(architecture))
+    return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
 
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
@@ -75,7 +82,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
     state = CheckpointManager.load_training_state(directory)
     config, notes, problems = merge_resumed(config, given, state["config"])
-    dataset = find_dataset(config.dataset, ranks)
+    dataset = find_dataset(config.dataset, ranks, CheckpointManager.find_tokenizer(directory))
     saved = state["dataset"]
     if saved["fingerprint"] != dataset.fingerprint:
         problems.append(
@@ -84,14 +91,34 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             "another --out_dir starts a new run from its weights"
         )
     architecture = GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)})
-    problems += rank_problems(config, ranks) + disk_problems(directory, architecture)
+    trained = sum(tensor.numel() for tensor in state["model"].values())
+    problems += rank_problems(config, ranks) + disk_problems(directory, trained)
+    if config.base and not config.lora:
+        problems.append(f"base={config.base}, but {directory} is no LoRA run")
     _raise_all(problems)
-    model = build_model({**state, "model_args": asdict(architecture)}, directory)
+    base = None
+    if config.lora:
+        model, base = CheckpointManager.load_base(directory, config.base or None)
+        model = reshaped(model, architecture.block_size, architecture.dropout)
+        notes += adapt(model, config)
+        lora.load_lora_state_dict(model, state["model"])
+        config = replace(config, base="")
+    else:
+        model = build_model({**state, "model_args": asdict(architecture)}, directory)
     if len(state["generators"]) != ranks.size:
         notes.append(
             f"{len(state['generators'])} process(es) saved this run and {ranks.size} go on: dropout draws differ"
         )
-    return Start(replace(config, out_dir=str(directory)), dataset, directory, model, state, notes)
+    return Start(replace(config, out_dir=str(directory)), dataset, directory, model, state, base, notes)
+
+
+def adapt(model: GPT, config: RunConfig) -> list[str]:
+    """Give the model its adapters, and say what matched. Raises ValueError if something named does not."""
+    report = lora.apply_lora(model, config.lora_config(), untie=config.lora_untie)
+    counts = Counter(re.sub(r".*\bh\.\d+\.", "", path) for path in report.matched)
+    layers = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+    share = f"{report.trainable:,} of {report.total:,} parameters train"
+    return [f"LoRA rank {config.lora_rank} on {len(report.matched)} layers ({layers}): {share}"]
 
 
 def _raise_all(problems: list[str]) -> None:
@@ -99,25 +126,39 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def dataset_directory(name: str) -> Path:
+    """A folder under data/, or a path."""
+    path, known = Path(name).expanduser(), ROOT / "data" / name
+    return known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
+
+
 def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Dataset:
     """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
 
-    `tokenizer` is the tokenizer.json to prepare it with, where the model that will read it has one already.
+    `tokenizer` is the tokenizer.json of the model that will read it, if there is one. Where the dataset holds tokens of
+    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned.
     """
-    path, known = Path(name).expanduser(), ROOT / "data" / name
-    directory = known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
+    directory = dataset_directory(name)
     script = directory / "prepare.py"
     if ranks.main and script.is_file() and not (directory / "train.bin").exists():
         print(f"{directory} has no token files yet; running {script.name} there", flush=True)
-        options = ["--tokenizer", str(tokenizer)] if tokenizer else []
-        code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
+        code = subprocess.run([sys.executable, str(script)], check=False).returncode
         if code:
             raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
     ranks.agree(None)  # the others wait here
     if not directory.is_dir():
         names = ", ".join(sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
         raise FileNotFoundError(f"there is no dataset {name}; data/ has {names}, and the path of a folder will do too")
-    return load_dataset(directory)
+    dataset, wanted = load_dataset(directory), Tokenizer.load(tokenizer) if tokenizer else None
+    if wanted is None or dataset.tokenizer_fingerprint in (None, wanted.fingerprint):  # None: a nanoGPT folder
+        return dataset
+    target = retokenized_directory(dataset, wanted)
+    if ranks.main and open_retokenized(dataset, wanted) is None:
+        own = dataset.meta["tokenizer"]["name"]
+        print(f"{directory} holds tokens of {own}; writing it in those of {wanted.name} to {target}", flush=True)
+        retokenize(dataset, wanted)
+    ranks.agree(None)
+    return load_dataset(target)
 
 
 def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
@@ -129,13 +170,15 @@ def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
     return config.vocab_size or dataset.vocab_size
 
 
-def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GPT:
+def base_model(config: RunConfig, given: dict[str, str]) -> GPT:
     """The model of `init_from`, with this run's dropout and, where a shorter one is asked for, its block_size.
 
-    Raises ValueError where the settings or the dataset's tokenizer contradict it.
+    Raises ValueError where the settings contradict it.
     """
     source = Path(config.init_from)
     model = CheckpointManager.load_model(source)[0].float()  # half-precision weights would not learn small steps
+    if lora.adapter_names(model):
+        raise ValueError(f"{source} is a LoRA directory: merge it first (python merge_lora.py {source})")
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
     problems = [
         f"{key}={getattr(config, key)} ({given[key]}) is not what {source} has, {getattr(model.config, key)}"
@@ -147,19 +190,8 @@ def base_model(config: RunConfig, given: dict[str, str], dataset: Dataset) -> GP
         getattr(preset, key) != getattr(model.config, key) for key in shape if key not in given
     ):
         problems.append(f"preset={config.preset} ({given['preset']}) is another architecture than {source} has")
-    stored = CheckpointManager.find_tokenizer(source)
-    theirs, ours = Tokenizer.load(stored) if stored else None, dataset.tokenizer_fingerprint
-    if theirs and ours and theirs.fingerprint != ours:
-        problems.append(
-            f"{source} reads tokens of {theirs.name} ({theirs.fingerprint[:12]}), and {dataset.directory} holds those "
-            f"of {dataset.meta['tokenizer']['name']} ({ours[:12]}): prepare the data with --tokenizer {stored}"
-        )
     _raise_all(problems)
-    arguments = asdict(replace(model.config, dropout=config.dropout))
-    model = build_model({"model": model.state_dict(), "model_args": arguments}, source)
-    if config.block_size is not None:
-        model.crop_block_size(config.block_size)
-    return model
+    return reshaped(model, config.block_size, config.dropout)
 
 
 def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
@@ -169,11 +201,12 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     dataset = "-".join(word for word in words if word and word != "to") or "data"
     if config.init_from in ("scratch", "resume"):
         return ModelName("gpt", size, dataset, "pretrain")
-    try:
-        base = ModelName.parse(Path(config.init_from).resolve().name).dataset.split("-to-")[-1]
-    except ValueError:
-        base = "base"
-    return ModelName("gpt", size, dataset if base == dataset else f"{base}-to-{dataset}", "ft")
+    base, kind = "base", "ft"
+    with contextlib.suppress(ValueError):  # a base outside the convention
+        parsed = ModelName.parse(Path(config.init_from).resolve().name)
+        base, kind = parsed.dataset.split("-to-")[-1], "merged-ft" if parsed.training_type == "merged" else "ft"
+    kind = "lora" if config.lora else kind
+    return ModelName("gpt", size, dataset if base == dataset else f"{base}-to-{dataset}", kind)
 
 
 def count_parameters(architecture: GPTConfig) -> int:
@@ -195,7 +228,7 @@ def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[lis
 
 
 def rank_problems(config: RunConfig, ranks: Ranks) -> list[str]:
-    steps = config.gradient_accumulation_steps
+    steps = config.micro_batches
     return (
         [f"gradient_accumulation_steps={steps} must be a multiple of the {ranks.size} processes"]
         if steps % ranks.size
@@ -213,15 +246,18 @@ def occupied(directory: Path) -> list[str]:
             f"{directory} already holds a run, at iteration {about['iter_num']:,} with val loss "
             f"{about['best_val_loss']:.4f}: go on with --init_from=resume, choose another --out_dir, or remove it"
         ]
-    # What a run leaves that was stopped before its first save is no loss; anything else may be.
-    strange = sorted(
-        p.name for p in directory.iterdir() if p.name not in (LOG, METRICS, "last") and files.NEW not in p.name
-    )
+    strange = foreign_files(directory)
     return (
         [f"{directory} holds {', '.join(strange[:3])}, not ours to write over: choose another --out_dir"]
         if strange
         else []
     )
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """What lies there beside what a run leaves that was stopped before its first save, which is no loss."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in (LOG, METRICS) and not name.endswith(files.NEW))
 
 
 def check_unchanged(start: Start) -> None:
@@ -232,9 +268,10 @@ def check_unchanged(start: Start) -> None:
         raise ValueError(f"another run has just saved to {start.directory}: start again to go on from there")
 
 
-def disk_problems(directory: Path, architecture: GPTConfig) -> list[str]:
-    """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written."""
+def disk_problems(directory: Path, trained: int) -> list[str]:
+    """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written.
+    `trained` is how many parameters have these."""
     there = next(p for p in (directory.resolve(), *directory.resolve().parents) if p.is_dir())
     copies = 1 if (there / files.MARKER).exists() else 2  # where a run goes on, the old ones are on the disk already
-    needed, free = copies * 4 * 4 * count_parameters(architecture), shutil.disk_usage(there).free
+    needed, free = copies * 4 * 4 * trained, shutil.disk_usage(there).free
     return [f"{there} has {free / 1e6:,.0f} MB free, and saving needs {needed / 1e6:,.0f} MB"] if free < needed else []

@@ -1,6 +1,7 @@
 """Text from any model directory, as it is generated.
 
 python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
+python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
 python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
 echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 from checkpoint import TOKENIZER, CheckpointManager
 from device import DTYPES, pick_device
 from tokenizer import Tokenizer
@@ -31,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same texts (default 1337)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default float32)")
+    parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
     arguments = parser.parse_args()
     try:
@@ -48,13 +51,10 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.num_samples < 1 or arguments.max_new_tokens < 1:
         raise ValueError("--num_samples and --max_new_tokens must be at least 1")
     device = pick_device(arguments.device)
-    model, metadata = CheckpointManager.load_model(arguments.directory, device)
+    model, metadata = CheckpointManager.load_model(arguments.directory, device, base=arguments.base)
+    if lora.adapter_names(model):
+        lora.merge_lora(model, dtype=DTYPES[arguments.dtype])  # generates faster, and rounds once
     tokenizer = find_tokenizer(arguments.tokenizer, metadata)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.name} has {tokenizer.vocab_size:,} tokens and {arguments.directory} knows "
-            f"{model.config.vocab_size:,}: it is another model's tokenizer"
-        )
     model.to(DTYPES[arguments.dtype])
     prompt = read_prompt(arguments.prompt)
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
@@ -91,6 +91,11 @@ def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:
         raise ValueError(
             f"{path or stored} is {tokenizer.name} ({tokenizer.fingerprint[:12]}), and the model was trained with "
             f"{trained_with['name']} ({trained_with['fingerprint'][:12]})"
+        )
+    if tokenizer.vocab_size > (known := metadata["model_args"]["vocab_size"]):
+        raise ValueError(
+            f"{tokenizer.name} has {tokenizer.vocab_size:,} tokens and {metadata['directory']} knows {known:,}: it is "
+            "another model's tokenizer"
         )
     return tokenizer
 

@@ -1,7 +1,8 @@
-"""Train a GPT: from scratch, from the weights of another model, or on from where a run stopped.
+"""Train a GPT: from scratch, from the weights of another model, adapters for one, or on from where a run stopped.
 
     python train.py config/train_scientific.py
     python train.py config/train_scientific.py --init_from=resume
+    python train.py config/finetune_lora.py
     torchrun --nproc_per_node=2 train.py config/train_scientific.py
 
 `python train.py --help` lists the settings. A run that is stopped and resumed computes what an uninterrupted one would,
@@ -89,15 +90,15 @@ class Trainer:
 
     def __init__(self, start: Start, device: torch.device, ranks: Ranks):
         """`start.config` has dtype and compile resolved (`set_up`)."""
-        self.config, self.dataset, self.directory = start.config, start.dataset, start.directory
+        self.config, self.dataset, self.directory, self.base = start.config, start.dataset, start.directory, start.base
         self.ranks, self.device, config = ranks, device, start.config
         self.log = Logbook(self.directory, speak=ranks.main)
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
         self.raw_model = start.model.to(device)
         self.block_size = start.model.config.block_size
-        self.micro_steps = config.gradient_accumulation_steps // ranks.size
-        self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.micro_steps = config.micro_batches // ranks.size
+        self.samples_per_step = config.batch_size * config.micro_batches
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
         # A run compares its evaluations, so it keeps their sequences when a resume changes batch_size.
         self.evaluation_size = (start.state or {}).get("evaluation_size", config.batch_size * config.eval_iters)
@@ -229,7 +230,7 @@ class Trainer:
             if self.tokenizer
             else None,
             "best": self.best,
-        }
+        } | ({"base": self.base} if self.base else {})
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -346,7 +347,9 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     config, dataset, log = trainer.config, trainer.dataset, trainer.log
     tokens = trainer.samples_per_step * trainer.block_size
     synthetic = " (synthetic text)" if dataset.meta.get("synthetic") else ""
-    log.say(f"{trainer.directory}: {trainer.raw_model.num_params():,} parameters, block_size {trainer.block_size}")
+    base = f", adapters included; the base is {trainer.base['given']}" if trainer.base else ""
+    count = trainer.raw_model.num_params()
+    log.say(f"{trainer.directory}: {count:,} parameters, block_size {trainer.block_size}{base}")
     log.say(
         f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
     )
@@ -390,6 +393,8 @@ def train(arguments: list[str]) -> int:
         else:
             trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
             trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')
+            if trainer.base:
+                trainer.log.say(f"make it a model of its own: python merge_lora.py {trainer.directory}")
     ranks.close()
     return 128 + number if number else 0
 

@@ -1,11 +1,12 @@
-"""Training speed and peak memory on the CPU, beside a plain Transformers GPT-2 of the same shape.
+"""Training speed and peak memory on the CPU, beside a plain Transformers GPT-2 of the same shape; LoRA, beside PEFT.
 
     python bench/train_speed.py
     python bench/train_speed.py --rounds 3 --contenders transformers-bf16,ours --json result.json
 
-Every contender trains the same weights on the same random token ids, each time in a process of its own, so that nobody
-meets another's allocator settings, threads or peak memory. They take turns, so that a machine that slows down slows all
-of them. bench/README.md says what the columns mean and what can be compared.
+Every contender starts from the same weights, and with LoRA from the same adapter, and trains on the same random token
+ids, each time in a process of its own, so that nobody meets another's allocator settings, threads or peak memory. They
+take turns, so that a machine that slows down slows all of them. bench/README.md says what the columns mean and what can
+be compared.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +30,7 @@ from itertools import count, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
 
@@ -44,17 +46,32 @@ from device import autocast
 from distributed import Ranks
 from files import write_atomic
 from logbook import duration
+from lora import LoRAConfig, apply_lora, lora_state_dict
 from model import GPT, PRESETS
 from preflight import Start, count_parameters
 from train import build_optimizer, learning_rate, set_up
 
 CPU = torch.device("cpu")
-CONTENDERS = {  # name: (whose, dtype)
-    "transformers-fp32": ("transformers", "float32"),
-    "transformers-bf16": ("transformers", "bfloat16"),
-    "ours-fp32": ("ours", "float32"),
-    "ours": ("ours", "auto"),
+FULL, LORA = "full training", "LoRA"
+
+
+class Contender(NamedTuple):
+    group: str  # its table; speeds and losses are compared within it
+    packages: tuple[str, ...]  # whose model runs in the plain loop; none: our model and our Trainer
+    dtype: str
+
+
+CONTENDERS = {
+    "transformers-fp32": Contender(FULL, ("transformers",), "float32"),
+    "transformers-bf16": Contender(FULL, ("transformers",), "bfloat16"),
+    "ours-fp32": Contender(FULL, (), "float32"),
+    "ours": Contender(FULL, (), "auto"),
+    "peft-fp32": Contender(LORA, ("transformers", "peft"), "float32"),
+    "peft-bf16": Contender(LORA, ("transformers", "peft"), "bfloat16"),
+    "ours-lora-fp32": Contender(LORA, (), "float32"),
+    "ours-lora": Contender(LORA, (), "auto"),
 }
+LORA_TARGETS = ("c_attn", "c_proj")  # to both libraries the ends of paths: attn.c_attn, attn.c_proj, mlp.c_proj
 SETTINGS = ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
 # How far apart, relative to the value, two ways to compute the same may be: several times what was ever seen.
 TOLERANCES = {"float32": {"losses": 1e-6, "norms": 1e-4}, "bfloat16": {"losses": 1e-4, "norms": 5e-3}}
@@ -67,9 +84,9 @@ def our_step(config: RunConfig, dataset: Dataset, model: GPT) -> tuple[Step, str
     return trainer.step, trainer.config.dtype
 
 
-def transformers_step(config: RunConfig, dataset: Dataset, model: GPT) -> tuple[Step, str]:
+def their_step(config: RunConfig, dataset: Dataset, twin: nn.Module) -> tuple[Step, str]:
     """The loop a Transformers user would write. Optimizer, schedule and batches are ours; model and loop are not."""
-    twin = transformers_twin(model).train()
+    twin.train()
     optimizer = build_optimizer(twin, config)
     sampler = BlockSampler(dataset.train, config.block_size, config.seed)
     iterations, batches = count(), count()
@@ -113,9 +130,31 @@ def transformers_twin(model: GPT) -> nn.Module:
     return twin
 
 
-def measure(name: str, config: RunConfig, steps: int) -> dict[str, Any]:
+def add_adapter(model: GPT, lora: LoRAConfig) -> None:
+    """As if it had trained: while B is zero, as it starts, A has no gradient that could be compared."""
+    apply_lora(model, lora)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def peft_twin(model: GPT, lora: LoRAConfig) -> nn.Module:
+    """The Transformers twin of `model` as PEFT adapts it, with the numbers of the adapter in `model`."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    size = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    config = LoraConfig(**size, target_modules=list(lora.targets), task_type="CAUSAL_LM")
+    with warnings.catch_warnings(action="ignore"):  # of Conv1D's (in, out), which PEFT sees to, and of a name it uses
+        twin = get_peft_model(transformers_twin(model), config)
+    state = {f"base_model.model.{key}": tensor for key, tensor in lora_state_dict(model).items()}
+    unknown = set_peft_model_state_dict(twin, state).unexpected_keys
+    assert not unknown, f"PEFT has no place for {unknown}"
+    return twin
+
+
+def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int) -> dict[str, Any]:
     """One turn: a warm-up step and `steps` timed ones, from the initial weights."""
-    whose, dtype = CONTENDERS[name]
+    group, packages, dtype = CONTENDERS[name]
     config = replace(config, dtype=dtype)
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 + steps) * tokens_per_step(config) + 1)
     absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
@@ -123,8 +162,11 @@ def measure(name: str, config: RunConfig, steps: int) -> dict[str, Any]:
     dataset = Dataset(directory=Path(config.out_dir), **fields, **dict.fromkeys(absent))
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(config.vocab_size))
-    step, dtype = (our_step if whose == "ours" else transformers_step)(config, dataset, model)
-    del model
+    if group == LORA:
+        add_adapter(model, lora)
+    if packages:  # nothing holds our model from here on
+        model = peft_twin(model, lora) if group == LORA else transformers_twin(model)
+    step, dtype = (their_step if packages else our_step)(config, dataset, model)
     results, times = [step()], [time.perf_counter()]
     for _ in range(steps):
         results.append(step())
@@ -134,11 +176,11 @@ def measure(name: str, config: RunConfig, steps: int) -> dict[str, Any]:
     return {"dtype": dtype, "seconds": seconds, "losses": losses, "norms": norms, "peak_bytes": peak_memory()}
 
 
-def in_own_process(name: str, config: RunConfig, steps: int) -> dict[str, Any]:
+def in_own_process(name: str, config: RunConfig, lora: LoRAConfig, steps: int) -> dict[str, Any]:
     quiet_end = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}  # Ctrl-C: no traceback
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context, **quiet_end) as pool:
-        return pool.submit(measure, name, replace(config, out_dir=folder), steps).result()
+        return pool.submit(measure, name, replace(config, out_dir=folder), lora, steps).result()
 
 
 def peak_memory() -> int:
@@ -156,15 +198,19 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
-def expected_seconds(config: RunConfig, steps: int) -> float:
-    """Of one turn, roughly: the start, then six operations a token and parameter at this machine's float32 speed."""
+def expected_seconds(names: list[str], config: RunConfig, steps: int) -> float:
+    """Of one round, roughly: the starts, then six operations a token and parameter at this machine's float32 speed.
+
+    With LoRA it is four, for the base's weights get no gradient.
+    """
     a = torch.ones(1024, 1024)
     a @ a
     start = time.perf_counter()
     a @ a @ a @ a @ a
     operation = (time.perf_counter() - start) / (4 * 2 * 1024**3)
     parameters = count_parameters(config.model_config(config.vocab_size))
-    return 6 + (1 + steps) * 6 * tokens_per_step(config) * parameters * operation
+    operations = sum(4 if CONTENDERS[name].group == LORA else 6 for name in names)
+    return 6 * len(names) + (1 + steps) * operations * tokens_per_step(config) * parameters * operation
 
 
 def summarize(turns: dict[str, list[dict]], tokens: int) -> list[dict[str, Any]]:
@@ -212,8 +258,30 @@ def machine() -> dict[str, Any]:
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     facts = {"cpu": named[1] if named else platform.processor() or platform.machine(), "cores": os.cpu_count()}
     facts |= {"threads": torch.get_num_threads(), "load at start": round(os.getloadavg()[0], 1)}
-    packages = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
+    packages = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)]
     return facts | {name: version(name) for name in packages}
+
+
+def check_packages(names: list[str]) -> None:
+    """Raises ValueError when a contender's are not installed."""
+    needed = dict.fromkeys(package for name in names for package in CONTENDERS[name].packages)
+    if missing := [package for package in needed if not importlib.util.find_spec(package)]:
+        rest = [name for name, contender in CONTENDERS.items() if not set(missing) & set(contender.packages)]
+        hint = f"pip install -r requirements-dev.txt, or measure without: --contenders {','.join(rest)}"
+        raise ValueError(f"{' and '.join(missing)} must be installed: {hint}")
+
+
+def take_turns(names: list[str], config: RunConfig, lora: LoRAConfig, steps: int) -> dict[str, dict[str, list]]:
+    """{group: {contender: its turns}}, after telling each as it comes."""
+    turns: dict[str, dict[str, list]] = {}
+    began = time.monotonic()
+    for done, name in enumerate(names, 1):
+        turn = in_own_process(name, config, lora, steps)
+        turns.setdefault(CONTENDERS[name].group, {}).setdefault(name, []).append(turn)
+        speed = tokens_per_step(config) / median(turn["seconds"])
+        left = duration((time.monotonic() - began) * (len(names) - done) / done)
+        print(f"{done}/{len(names)} {name}: {speed:,.0f} tokens/s; {left} left", flush=True)
+    return turns
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -223,44 +291,46 @@ def bench(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
     if min(options.rounds, options.steps) < 1:
         raise ValueError(f"--rounds {options.rounds} and --steps {options.steps}: both must be at least 1")
-    if any(CONTENDERS[name][0] == "transformers" for name in names) and not importlib.util.find_spec("transformers"):
-        hint = "pip install -r requirements-dev.txt, or measure without it: --contenders ours-fp32,ours"
-        raise ValueError(f"the package transformers is not installed: {hint}")
+    check_packages(names)
     given = [f"{key}={value}" for key in SETTINGS if (value := getattr(options, key)) is not None]
     config, _ = configurator.load([*given, "device=cpu"])
     architecture = config.model_config(PRESETS[config.preset].vocab_size)
     config = replace(config, **asdict(architecture))
+    lora = LoRAConfig(rank=options.rank, targets=LORA_TARGETS)
 
-    facts, tokens, turns = machine(), tokens_per_step(config), {name: [] for name in names}
-    total = len(names) * options.rounds
-    seconds = total * expected_seconds(config, options.steps)
+    facts, tokens = machine(), tokens_per_step(config)
+    total, seconds = len(names) * options.rounds, options.rounds * expected_seconds(names, config, options.steps)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     print(f"{count_parameters(architecture):,} parameters, {tokens:,} random token ids a step: {architecture}")
+    if any(CONTENDERS[name].group == LORA for name in names):
+        with torch.device("meta"):
+            trained = apply_lora(GPT(architecture), lora).trainable
+        targets = " and ".join(lora.targets)
+        print(f"LoRA trains {trained:,} parameters: rank {lora.rank}, alpha {lora.alpha}, on {targets}")
     print(f"{total} turns of 1 + {options.steps} steps, about {duration(seconds)} in all", flush=True)
-    began = time.monotonic()
-    for done, name in enumerate(names * options.rounds, 1):
-        turns[name].append(in_own_process(name, config, options.steps))
-        speed = tokens / median(turns[name][-1]["seconds"])
-        left = duration((time.monotonic() - began) * (total - done) / done)
-        print(f"{done}/{total} {name}: {speed:,.0f} tokens/s; {left} left", flush=True)
-    rows = summarize(turns, tokens)
-    print(f"\n{table(rows)}\n")
+    turns = take_turns(names * options.rounds, config, lora, options.steps)
+    tables = {group: summarize(own, tokens) for group, own in turns.items()}
+    for group, rows in tables.items():
+        print(f"\n{group}:\n\n{table(rows)}")
     if options.json:
-        result = {"machine": facts, "config": asdict(config), "contenders": rows}
+        result = {"machine": facts, "config": asdict(config), "lora": asdict(lora), "contenders": tables}
         write_atomic(Path(options.json), json.dumps(result, indent=1).encode())
-    if different := disagreements(rows):
+    if different := [problem for rows in tables.values() for problem in disagreements(rows)]:
         raise ValueError(
             "\n".join(["the contenders do not compute the same, so their speeds mean nothing:", *different])
         )
-    if len(rows) > 1:
-        print("losses and gradient norms before and after the first update agree, within rounding")
+    if any(len(rows) > 1 for rows in tables.values()):
+        print("\nlosses and gradient norms before and after the first update agree, within rounding")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (5)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn (3)")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="ratios are to the first one (%(default)s)")
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help="ratios are to a table's first (%(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA's adapters; alpha is twice that (16)")
     parser.add_argument("--json", help="file for the raw numbers")
     for key in SETTINGS:
         parser.add_argument(f"--{key}", help="as for train.py")

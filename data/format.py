@@ -6,6 +6,8 @@
     tokenizer.json       the tokenizer that made the ids
     meta.json            name, source, licence, counts, dtype and hashes, as `write_dataset` gathers them. It comes
                          last: in a folder with a tokenizer.json but no meta.json the writing was interrupted.
+    NAME-1a2b3c4d/       the same documents in the tokens of the tokenizer NAME: a dataset folder like this one, whose
+                         meta.json names the fingerprint of the tokens it was derived from
 
 A check raises one sentence: what is wrong, where, the numbers, and what to do about it.
 """

@@ -95,7 +95,8 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> None:
     print(f"tokenizer  {tokenizer.name if tokenizer else 'BPE of this corpus'} ({reason})", flush=True)
     documents = iter(source.documents)
     if not tokenizer:
-        tokenizer, documents = train_tokenizer(documents, f"{name}-bpe", args.vocab_size or GPT2_VOCAB_SIZE)
+        size = args.vocab_size or GPT2_VOCAB_SIZE
+        tokenizer, documents = train_tokenizer(documents, f"{name}-bpe", size, source.vocabulary())
     meta = write_dataset(
         args.out_dir,
         documents,
@@ -187,8 +188,10 @@ def choose_tokenizer(spec: str, vocab_size: int | None, download: bool) -> tuple
     return tokenizer, "as asked"
 
 
-def train_tokenizer(documents: Iterator[str], name: str, vocab_size: int) -> tuple[Tokenizer, Iterator[str]]:
-    """A BPE trained on the beginning of a stream, and the whole stream again, which can be read only once."""
+def train_tokenizer(
+    documents: Iterator[str], name: str, vocab_size: int, more: Iterable[str] = ()
+) -> tuple[Tokenizer, Iterator[str]]:
+    """A BPE of `more` and the beginning of a stream, and the whole stream again, which can be read only once."""
     sample, size = [], 0
     for text in documents:
         sample.append(text)
@@ -197,7 +200,7 @@ def train_tokenizer(documents: Iterator[str], name: str, vocab_size: int) -> tup
             break
     if not size:
         raise ValueError("the source gives no text")
-    return train_bpe(sample, name, vocab_size), itertools.chain(sample, documents)
+    return train_bpe(itertools.chain(sample, more), name, vocab_size), itertools.chain(sample, documents)
 
 
 # ---- summary

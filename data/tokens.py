@@ -1,5 +1,8 @@
 """Datasets of tokens: the one writer and the one reader of what train.py trains on. Their format is in data/format.py.
 
+A dataset keeps the tokens that it was made with. What a model with another tokenizer needs is derived from them, by
+`retokenize`, in a subfolder that can be thrown away.
+
 A plain `ids.astype(np.uint16)` turns id 70,000 into 4,464 without a word, so ids are checked against the vocabulary
 before they are cast, and again when a dataset is opened.
 """
@@ -7,6 +10,7 @@ before they are cast, and again when a dataset is opened.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +24,7 @@ import files
 from data.format import (
     FILES,
     META,
+    SCAN_IDS,
     SPLITS,
     TOKENIZER,
     dtype_of,
@@ -56,12 +61,24 @@ def write_dataset(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
-    directory, dtype = Path(directory), token_dtype(tokenizer.vocab_size)
+    about = {"name": name, "source": source, "licence": licence, "synthetic": synthetic}
+    return _write(Path(directory), assign_splits(documents, val_fraction), tokenizer, about, total_hint)
+
+
+def _write(
+    directory: Path,
+    assigned: Iterator[tuple[str, str, int]],
+    tokenizer: Tokenizer,
+    about: dict,
+    total_hint: int | None,
+) -> dict:
+    """`write_dataset` for documents that know their split. An error of the stream, at its end too, undoes all of it."""
+    dtype = token_dtype(tokenizer.vocab_size)
     with _staging(directory) as staged, ExitStack() as stack:
         _check_free_disk(directory, total_hint, dtype)
         bins = {split: stack.enter_context(_TokenFile(staged[f"{split}.bin"], dtype, tokenizer)) for split in SPLITS}
-        bar = stack.enter_context(tqdm(total=total_hint, desc=name, unit="B", unit_scale=True, disable=None))
-        for chunk in _chunks(assign_splits(documents, val_fraction)):
+        bar = stack.enter_context(tqdm(total=total_hint, desc=about["name"], unit="B", unit_scale=True, disable=None))
+        for chunk in _chunks(assigned):
             encoded = tokenizer.encode_batch([text for _, text, _ in chunk])
             for (split, _, size), ids in zip(chunk, encoded, strict=True):
                 bins[split].add(ids, size)
@@ -70,11 +87,10 @@ def write_dataset(
             bar.update(sum(size for *_, size in chunk))
         if not bins["val"].documents:
             raise ValueError(
-                f"{source}: {bins['train'].documents} document(s), and train and val need at least one each; add text, "
-                "or cut it into more documents (--split block or --split line)"
+                f"{about['source']}: {bins['train'].documents} document(s), and train and val need at least one each; "
+                "add text, or cut it into more documents (--split block or --split line)"
             )
-        meta = {"name": name, "source": source, "licence": licence, "synthetic": synthetic}
-        meta |= {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+        meta = {**about, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         meta |= {"tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint}}
         meta |= {split: bins[split].summary() for split in SPLITS}
         tokenizer.save(staged[TOKENIZER])
@@ -222,7 +238,7 @@ def _check_free_disk(directory: Path, text_bytes: int | None, dtype: np.dtype) -
     if needed > free:
         raise OSError(
             f"{directory} needs about {needed / 1e6:,.0f} MB for the tokens of {text_bytes / 1e6:,.0f} MB of text, and "
-            f"its disk has {free / 1e6:,.0f} MB free: make room, or choose another --out_dir"
+            f"its disk has {free / 1e6:,.0f} MB free: make room, or prepare the dataset on another disk (--out_dir)"
         )
 
 
@@ -288,3 +304,77 @@ def _raise(problems: Iterator[Exception]) -> None:
     if problems:
         kind = FileNotFoundError if isinstance(problems[0], FileNotFoundError) else ValueError
         raise kind("\n".join(map(str, problems)))
+
+
+# ---- the same text in other tokens
+
+
+def retokenize(dataset: Dataset, tokenizer: Tokenizer) -> Dataset:
+    """The same documents, in the same split and order, as tokens of `tokenizer`; the dataset itself if they are.
+
+    They are written to `retokenized_directory`, unless they are there already, and memory does not grow with them.
+    Raises ValueError if the text cannot be recovered or is not what meta.json says, OSError for a disk that is full.
+    """
+    if not dataset.meta:
+        raise ValueError(
+            f"{dataset.directory} has no {META} and no {TOKENIZER}, so what text its ids stand for is not known: "
+            f"prepare the text itself with the tokenizer wanted, {tokenizer.name}"
+        )
+    if dataset.tokenizer_fingerprint == tokenizer.fingerprint:
+        return dataset
+    ready = open_retokenized(dataset, tokenizer)
+    if ready is None:
+        about = {key: dataset.meta.get(key) for key in ("name", "source", "licence", "synthetic")}
+        about["derived_from"] = dataset.fingerprint
+        own, size = Tokenizer.load(dataset.tokenizer_path), sum(dataset.meta[split]["bytes"] for split in SPLITS)
+        decoded = (document for split in SPLITS for document in _decoded(dataset, split, own))
+        _write(retokenized_directory(dataset, tokenizer), decoded, tokenizer, about, size)
+        ready = load_dataset(retokenized_directory(dataset, tokenizer))
+    return ready
+
+
+def retokenized_directory(dataset: Dataset, tokenizer: Tokenizer) -> Path:
+    """Where `retokenize` writes: a subfolder named after the tokenizer. The name alone would not tell two apart."""
+    name = re.sub(r"[^\w.-]+", "-", tokenizer.name, flags=re.ASCII)[:80].strip("-.") or "tokenizer"
+    return dataset.directory / f"{name}-{tokenizer.fingerprint[:8]}"
+
+
+def open_retokenized(dataset: Dataset, tokenizer: Tokenizer) -> Dataset | None:
+    """What `retokenize` wrote; None if that is missing, damaged, or from what the dataset held before."""
+    try:
+        found = load_dataset(retokenized_directory(dataset, tokenizer))
+    except (OSError, ValueError):
+        return None
+    origin = (found.tokenizer_fingerprint, found.meta.get("derived_from"))
+    return found if origin == (tokenizer.fingerprint, dataset.fingerprint) else None
+
+
+def _decoded(dataset: Dataset, split: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, int]]:
+    """(split, text, bytes of UTF-8) of every document of a split. ValueError where these are not what was written."""
+    path, expected, documents, size = dataset.directory / f"{split}.bin", dataset.meta[split], 0, 0
+    for ids in _cut(getattr(dataset, split), tokenizer.eot, path):
+        encoded = tokenizer.decode_bytes(ids.tolist())
+        documents, size = documents + 1, size + len(encoded)
+        try:
+            text = encoded.decode()
+        except UnicodeDecodeError as error:  # replacing its bytes would change the text without a word
+            raise ValueError(
+                f"{path} cannot be put in other tokens: document {documents:,} is no UTF-8: {error}"
+            ) from None
+        yield split, text, len(encoded)
+    if (documents, size) != (expected["documents"], expected["bytes"]):
+        raise ValueError(
+            f"{path} cannot be put in other tokens: it holds {documents:,} documents, {size:,} bytes of text, and "
+            f"{META} says {expected['documents']:,} and {expected['bytes']:,}"
+        )
+
+
+def _cut(ids: np.ndarray, eot: int, path: Path) -> Iterator[np.ndarray]:
+    """The documents of a token file, each without the end-of-text that follows it."""
+    ids, start = np.asarray(ids), 0  # a slice of a memmap takes many times as long as one of a plain array
+    for offset in range(0, len(ids), SCAN_IDS):
+        for end in np.flatnonzero(ids[offset : offset + SCAN_IDS] == eot).tolist():
+            yield ids[start : offset + end]
+            start = offset + end + 1
+    if start < len(ids):
+        raise ValueError(f"{path} cannot be put in other tokens: it does not end with end-of-text ({eot})")

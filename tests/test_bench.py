@@ -3,14 +3,17 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
 
 import configurator
 from bench import train_speed
+from lora import LoRAConfig
 from model import GPT, GPTConfig
 
+LORA = LoRAConfig(rank=3, targets=train_speed.LORA_TARGETS)
 TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=32", "vocab_size=500", "batch_size=2")
 
 
@@ -22,27 +25,37 @@ def config():
 @pytest.mark.slow
 def test_the_script_measures_every_contender_and_finds_that_they_compute_the_same(script, tmp_path):
     result = tmp_path / "result.json"
-    options = [f"--{setting}" for setting in TINY]
-    done = script("bench/train_speed.py", *options, "--rounds=1", "--steps=1", f"--json={result}", cwd=tmp_path)
+    options = [f"--{setting}" for setting in (*TINY, "rank=4", "rounds=1", "steps=1")]
+    done = script("bench/train_speed.py", *options, f"--json={result}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 turns of 1 + 1 steps, about 0:" in done.stdout
+    assert "LoRA trains 2,816 parameters: rank 4, alpha 8, on c_attn and c_proj\n" in done.stdout
+    assert "8 turns of 1 + 1 steps, about 0:" in done.stdout
     assert "agree, within rounding" in done.stdout
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    header, _, *rows = rows
-    assert [row[0] for row in rows] == list(train_speed.CONTENDERS)
-    assert all(len(row) == len(header) == 9 for row in rows)
-    assert rows[0][4:6] == ["1.00", "1.00 - 1.00"]
+    full, lora = (tabulated(part) for part in done.stdout.split("\nLoRA:\n"))
+    assert [row[0] for row in full] == ["transformers-fp32", "transformers-bf16", "ours-fp32", "ours"]
+    assert [row[0] for row in lora] == ["peft-fp32", "peft-bf16", "ours-lora-fp32", "ours-lora"]
+    assert full[0][4:6] == lora[0][4:6] == ["1.00", "1.00 - 1.00"]
 
     written = json.loads(result.read_text())
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["cpu"]
     assert written["config"]["n_embd"] == 32 and written["config"]["batch_size"] == 2
-    dtypes = {row["contender"]: row["dtype"] for row in written["contenders"]}
+    assert written["lora"]["rank"] == 4
+    assert list(written["contenders"]) == ["full training", "LoRA"]
+    rows = [row for group in written["contenders"].values() for row in group]
+    dtypes = {row["contender"]: row["dtype"] for row in rows}
     assert dtypes.pop("ours") in ("float32", "bfloat16")
-    assert dtypes == {"transformers-fp32": "float32", "transformers-bf16": "bfloat16", "ours-fp32": "float32"}
-    for row in written["contenders"]:
+    assert dtypes.pop("ours-lora") in ("float32", "bfloat16")
+    assert {name for name, dtype in dtypes.items() if dtype == "bfloat16"} == {"transformers-bf16", "peft-bf16"}
+    for row in rows:
         assert [(len(turn["seconds"]), len(turn["losses"])) for turn in row["turns"]] == [(1, 2)]  # and the warm-up
         assert row["peak_bytes"] > 50 << 20  # an interpreter with torch is bigger than that
     assert list(tmp_path.iterdir()) == [result]
+
+
+def tabulated(text):
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert all(len(row) == len(header) == 9 for row in rows)
+    return rows
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -58,17 +71,63 @@ def test_the_transformers_twin_trains_the_same_number_of_parameters_to_the_same_
     torch.testing.assert_close(twin(ids).logits, model(ids, ids)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_contender_that_computes_something_else_is_found(monkeypatch):
-    make_twin = train_speed.transformers_twin
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_peft_twin_trains_the_same_adapter_with_the_same_gradients(tied):
+    model = GPT(GPTConfig(16, 50, 2, 2, 8, bias=False, tie_word_embeddings=tied))
+    train_speed.add_adapter(model, LORA)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    twin = train_speed.peft_twin(model, LORA)
+    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theirs = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    assert len(ours) == len(theirs) == 2 * 2 * 3  # A and B, two layers, three matrices
+    assert sum(p.numel() for p in ours.values()) == sum(p.numel() for p in theirs.values())
+    ids = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(1))
+    logits, loss = model(ids, ids)
+    twins = twin(input_ids=ids, labels=ids, shift_labels=ids)
+    close(twins.logits, logits)
+    loss.backward()
+    twins.loss.backward()
+    for name, parameter in ours.items():
+        path, _, letter = name.rpartition(".lora.default.")
+        close(theirs[f"base_model.model.{path}.lora_{letter}.default.weight"].grad, parameter.grad)
 
-    def with_another_epsilon(model):
-        twin = make_twin(model)
-        twin.transformer.ln_f.eps = 1e-2
-        return twin
 
-    right, again = (train_speed.measure("transformers-fp32", config(), steps=1) for _ in range(2))
-    monkeypatch.setattr(train_speed, "transformers_twin", with_another_epsilon)
-    wrong = train_speed.measure("transformers-fp32", config(), steps=1)
+def close(theirs, ours):
+    assert ours.abs().max() > 1e-4  # zeros would agree with anything that is zero too
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
+
+
+def test_an_adapter_has_gradients_in_all_its_parts_from_the_first_step():
+    model = GPT(config().model_config(500))
+    train_speed.add_adapter(model, LORA)
+    ids = torch.randint(500, (2, 32), generator=torch.Generator().manual_seed(1))
+    model(ids, ids)[1].backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def with_another_epsilon(make_twin, model):
+    twin = make_twin(model)
+    twin.transformer.ln_f.eps = 1e-2
+    return twin
+
+
+def with_another_scale(make_twin, model, lora):
+    return make_twin(model, replace(lora, alpha=1.1 * lora.alpha))
+
+
+@pytest.mark.parametrize(
+    "contender, function, mistake",
+    [
+        ("transformers-fp32", "transformers_twin", with_another_epsilon),
+        ("peft-fp32", "peft_twin", with_another_scale),
+    ],
+)
+def test_a_contender_that_computes_something_else_is_found(contender, function, mistake, monkeypatch):
+    right, again = (train_speed.measure(contender, config(), LORA, steps=1) for _ in range(2))
+    monkeypatch.setattr(train_speed, function, partial(mistake, getattr(train_speed, function)))
+    wrong = train_speed.measure(contender, config(), LORA, steps=1)
     assert train_speed.disagreements(train_speed.summarize({"a": [right], "b": [again]}, tokens=1)) == []
     found = train_speed.disagreements(train_speed.summarize({"a": [right], "b": [wrong]}, tokens=1))
     assert [problem.split(" of ")[0] for problem in found] == ["losses", "norms"]
@@ -88,6 +147,7 @@ def test_a_ratio_compares_turns_of_one_round():
     "options, sentence",
     [
         (["--contenders=ours,nanogpt"], "there is no contender 'nanogpt'; there are transformers-fp32, "),
+        (["--rank=0"], "rank=0 must be a whole number above 0"),
         (["--rounds=0"], "--rounds 0 and --steps 3: both must be at least 1"),
         (["--n_head=3"], "n_embd=320 must be a multiple of n_head=3"),
         (["--batch_size=many"], "batch_size='many' must be a whole number"),
@@ -99,10 +159,24 @@ def test_an_option_that_cannot_be_is_one_sentence(options, sentence, monkeypatch
     assert sentence in capsys.readouterr().err
 
 
-def test_without_transformers_it_says_what_to_install_or_leave_out(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
+@pytest.mark.parametrize(
+    "missing, rest",
+    [
+        (["transformers"], "ours-fp32,ours,ours-lora-fp32,ours-lora"),
+        (["transformers", "peft"], "ours-fp32,ours,ours-lora-fp32,ours-lora"),
+        (["peft"], "transformers-fp32,transformers-bf16,ours-fp32,ours,ours-lora-fp32,ours-lora"),
+    ],
+)
+def test_without_a_package_it_says_what_to_install_or_leave_out(missing, rest, monkeypatch, capsys):
+    for package in missing:
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", ["train_speed.py"])
     assert train_speed.main() == 1
     message = capsys.readouterr().err
-    assert "the package transformers is not installed" in message
-    assert "--contenders ours-fp32,ours" in message
+    assert message.startswith(f"train_speed.py: {' and '.join(missing)} must be installed: pip install -r ")
+    assert message.endswith(f"--contenders {rest}\n")
+
+
+def test_what_needs_no_missing_package_can_be_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    train_speed.check_packages(["transformers-fp32", "ours-lora"])

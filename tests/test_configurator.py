@@ -8,6 +8,7 @@ import pytest
 
 import configurator
 from configurator import FIELDS, RunConfig, load, merge_resumed
+from lora import LoRAConfig
 from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,3 +146,47 @@ def test_help_shows_every_setting_with_the_value_in_force():
         assert re.search(rf"^  {name} \(\w+\) = ", text, re.M), name
         assert " ".join(f.metadata["help"].split()) in " ".join(text.split())
     assert "max_iters (int) = 7 (default 1000)" in text
+
+
+# ---- LoRA's settings and their other spellings
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lora=true", "lora_rank=4", "lora_alpha=6", "lora_targets=c_attn,c_proj"),
+        ("lora.enabled=true", "lora.r=4", "lora.alpha=6", "lora.target_modules=c_attn, c_proj"),
+        ("lora=true", "r=4", "alpha=6", "targets=['c_attn', 'c_proj']"),
+        ("--lora=true", "--rank=4", "--lora.lora_alpha=6.0", "--lora_module_path=c_attn,c_proj"),
+        ("lora=true", "lora_r=4", "lora.rank=4", "alpha=6", "target_modules=c_attn,c_proj"),
+    ],
+)
+def test_every_spelling_of_a_lora_setting_is_the_same_setting(arguments):
+    config, given = load(["init_from=x", *arguments])
+    assert config.lora_config() == LoRAConfig(4, 6, targets=["c_attn", "c_proj"], exclude=[])
+    assert {"lora", "lora_rank", "lora_alpha", "lora_targets"} <= given.keys() <= FIELDS.keys()
+
+
+def test_a_group_in_a_file_is_read_and_the_command_line_overrides_it_in_any_spelling(tmp_path):
+    text = (
+        """config = {"init_from": "x", "lora": {"enabled": True, "r": 4, "target_modules": ["c_fc"], "dropout": 0.1}}"""
+    )
+    file = write(tmp_path / "c.py", text)
+    config, given = load([file, "lora_rank=2", "dropout=0.3"])
+    assert (config.lora, config.lora_rank, config.lora_dropout, config.lora_targets) == (True, 2, 0.1, "c_fc")
+    assert config.dropout == 0.3, "dropout without lora. is the model's own"
+    assert given["lora_rank"] == "argument lora_rank=2" and given["lora_targets"] == f"{file}:1"
+
+
+def test_two_spellings_that_disagree_are_an_error_with_both():
+    assert "argument rank=5: r='4' and rank='5' give lora_rank two values" in refusal("r=4", "rank=5")
+    assert "there is no setting 'lora.rnk'; did you mean 'lora_rank'?" in refusal("lora.rnk=4")
+
+
+def test_a_regular_expression_is_one_and_names_are_names():
+    def targets(text):
+        return load(["init_from=x", "lora=true", f"lora_targets={text}"])[0].lora_config().targets
+
+    assert targets("c_attn") == ["c_attn"] and targets("h.0.attn.c_attn,c_fc") == ["h.0.attn.c_attn", "c_fc"]
+    assert targets(r".*q_proj|.*v_proj") == r".*q_proj|.*v_proj" and targets("all-linear") == "all-linear"
+    assert targets(r".*h\.[0-4]{1,2}\..*") == r".*h\.[0-4]{1,2}\..*"

@@ -13,21 +13,37 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 import files
 import tokenizer as tokenizer_module
-from data import docstrings, preparation, sources
+from data import docstrings, preparation, sources, tokens
+from data import format as data_format
 from data.preparation import train_tokenizer
 from data.scientific.prepare import unwrapped
 from data.shakespeare.prepare import passages
-from data.sources import HubDataset, from_files, from_hub
+from data.sources import HubDataset, Source, from_files, from_hub
 from data.tinystories.grammar import stories
-from data.tokens import assign_splits, dataset_problems, load_dataset, verify, write_dataset
+from data.tinystories.prepare import RECIPE as TINYSTORIES
+from data.tokens import (
+    assign_splits,
+    dataset_problems,
+    load_dataset,
+    open_retokenized,
+    retokenize,
+    retokenized_directory,
+    verify,
+    write_dataset,
+)
+from distributed import Ranks
+from preflight import find_dataset
 from tokenizer import Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,7 +310,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_dataset_stays(copied, bpe):
 
 
 def test_a_disk_that_will_not_do_is_noticed_at_the_start(tmp_path, bpe):
-    with pytest.raises(OSError, match="make room, or choose another --out_dir"):
+    with pytest.raises(OSError, match="make room, or prepare the dataset on another disk"):
         write_dataset(tmp_path, interrupted(AssertionError), bpe, **SOURCE, total_hint=10**18)
     assert not list(tmp_path.iterdir())
 
@@ -437,6 +453,247 @@ def test_a_second_look_at_the_ids_is_free_until_the_file_changes(copied):
     raise_an_id(copied)
     os.utime(copied / "val.bin", ns=(0, 0))
     assert dataset_problems(copied)
+
+
+# ---- the same text in other tokens
+
+
+@pytest.fixture(scope="module")
+def other_bpe():
+    return train_bpe(texts(seed=5), "bpe other", vocab_size=400)
+
+
+def documents_by_split(dataset):
+    own = Tokenizer.load(dataset.tokenizer_path)
+    return {split: documents_in(getattr(dataset, split), own) for split in ("train", "val")}
+
+
+def inodes(directory):
+    """What changes when a file is written anew, even with the same content."""
+    return {path.name: path.stat().st_ino for path in directory.iterdir()}
+
+
+def test_other_tokens_hold_the_same_documents_in_the_same_split_and_order(copied, other_bpe):
+    dataset = load_dataset(copied)
+    other = retokenize(dataset, other_bpe)
+    assert documents_by_split(other) == documents_by_split(dataset)
+    assert len(documents_by_split(other)["val"]) > 4  # the split of 0.2 that it was written with
+    assert (other.tokenizer_fingerprint, other.vocab_size) == (other_bpe.fingerprint, other_bpe.vocab_size)
+    assert other.directory == copied / f"bpe-other-{other_bpe.fingerprint[:8]}"
+    assert {path.name for path in other.directory.iterdir()} == set(LABELS)
+    own = {key: other.meta[key] for key in ("name", "source", "licence", "synthetic", "derived_from")}
+    assert own == {**SOURCE, "synthetic": False, "derived_from": dataset.fingerprint}
+    verify(other.directory)
+    verify(copied)
+    assert load_dataset(copied).fingerprint == dataset.fingerprint != other.fingerprint
+
+
+PIECES = [
+    "<|endoftext|>",
+    "<|endoftext|",
+    "\r\n",
+    "\n\n",
+    "\r",
+    "\N{REPLACEMENT CHARACTER}",
+    "\ufeff",
+    "\0",
+    "  ",
+    "日本",
+    "e\u0301",
+]
+ANY_CHARACTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ANY_DOCUMENT = st.lists(st.sampled_from(PIECES) | ANY_CHARACTERS, max_size=6).map("".join)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=40)
+@given(documents=st.lists(ANY_DOCUMENT, max_size=8), scanned=st.integers(1, 20))
+def test_any_text_survives_other_tokens(bpe, other_bpe, tmp_path_factory, documents, scanned):
+    documents += ["one \r\n", "\ufeff<|endoftext|>\n\n\ufffd"]  # two that are not blank
+    directory = tmp_path_factory.mktemp("any")
+    write_dataset(directory, documents, bpe, **SOURCE, val_fraction=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "SCAN_IDS", scanned)  # so that documents lie across its borders
+        other = retokenize(load_dataset(directory), other_bpe)
+    assigned = list(assign_splits(documents, 0.4))
+    assert documents_by_split(other) == {split: [t for s, t, _ in assigned if s == split] for split in ("train", "val")}
+
+
+def test_tokens_of_the_tokenizer_wanted_are_the_dataset_itself(copied, bpe):
+    dataset = load_dataset(copied)
+    assert retokenize(dataset, bpe) is dataset
+    assert {path.name for path in copied.iterdir()} == set(LABELS)
+
+
+def test_other_tokens_are_written_once_and_again_when_the_dataset_changes(copied, bpe, other_bpe):
+    dataset = load_dataset(copied)
+    assert open_retokenized(dataset, other_bpe) is None
+    written = inodes(retokenize(dataset, other_bpe).directory)
+    assert open_retokenized(dataset, other_bpe).meta["derived_from"] == dataset.fingerprint
+    directory = retokenize(load_dataset(copied), other_bpe).directory
+    assert inodes(directory) == written
+    write_dataset(copied, texts(seed=3), bpe, **SOURCE)
+    changed = load_dataset(copied)
+    assert open_retokenized(changed, other_bpe) is None
+    assert documents_by_split(retokenize(changed, other_bpe)) == documents_by_split(changed)
+    assert not written.items() & inodes(directory).items()
+
+
+@pytest.mark.parametrize("damage", [remove("meta.json"), shorten("val.bin", 40), other_tokenizer])
+def test_other_tokens_that_are_damaged_are_written_anew(copied, other_bpe, damage):
+    dataset = load_dataset(copied)
+    directory = retokenize(dataset, other_bpe).directory
+    damage(directory)
+    assert open_retokenized(dataset, other_bpe) is None
+    retokenize(dataset, other_bpe)
+    verify(directory)
+
+
+def test_a_folder_of_the_same_name_with_another_tokenizer_is_not_taken_for_ours(copied, bpe, other_bpe):
+    dataset = load_dataset(copied)
+    directory = retokenized_directory(dataset, other_bpe)
+    write_dataset(directory, texts(), bpe, **SOURCE)
+    edit_meta(derived_from=dataset.fingerprint)(directory)
+    assert open_retokenized(dataset, other_bpe) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("gpt2", "gpt2"),
+        ("my org/bpe v1.2", "my-org-bpe-v1.2"),
+        ("../../etc", "etc"),
+        ("日本語", "tokenizer"),
+        ("", "tokenizer"),
+        ("a" * 300, "a" * 80),
+    ],
+)
+def test_the_subfolder_is_named_after_the_tokenizer(written, bpe, name, folder):
+    named = Tokenizer(name, bpe._merges)
+    assert retokenized_directory(load_dataset(written), named) == written / f"{folder}-{bpe.fingerprint[:8]}"
+
+
+def test_the_text_of_a_nanogpt_folder_cannot_be_recovered(copied, other_bpe):
+    (copied / "meta.json").unlink()
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no meta.json and no tokenizer.json.* tokenizer wanted, bpe other"):
+        retokenize(load_dataset(copied), other_bpe)
+
+
+def change_ids(edit):
+    def change(directory):
+        ids = np.memmap(directory / "train.bin", "<u2", mode="r+")
+        edit(ids)
+        ids.flush()
+
+    return change
+
+
+def lengthen_a_document(ids):
+    ids[0] = max(ids[0], 256)  # a merge of two bytes where there was one
+
+
+def end_in_the_middle(ids):
+    ids[-1] = ids[0]
+
+
+def break_a_character(ids):
+    ids[0] = 187  # in GPT-2's order, the byte 0xff
+
+
+UNRECOVERABLE = {
+    "more bytes": (
+        change_ids(lengthen_a_document),
+        r"holds [\d,]+ documents, [\d,]+ bytes of text, and meta.json says",
+    ),
+    "other documents": (
+        edit_meta(train__documents=99),
+        r"holds [\d,]+ documents, [\d,]+ bytes of text, and meta.json says",
+    ),
+    "no end": (change_ids(end_in_the_middle), r"does not end with end-of-text \(299\)"),
+    "no text": (change_ids(break_a_character), "document 1 is no UTF-8: 'utf-8' codec can't decode byte 0xff"),
+}
+
+
+@pytest.mark.parametrize("case", UNRECOVERABLE)
+def test_text_that_is_not_what_was_written_is_refused_and_nothing_is_left(copied, other_bpe, case):
+    damage, sentence = UNRECOVERABLE[case]
+    damage(copied)
+    with pytest.raises(ValueError, match=f"{copied}/train.bin cannot be put in other tokens: .*{sentence}"):
+        retokenize(load_dataset(copied), other_bpe)
+    assert {path.name for path in copied.iterdir()} == set(LABELS)
+
+
+def test_the_memory_for_other_tokens_does_not_grow_with_the_dataset(tmp_path, bpe, other_bpe, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 1 << 16)
+    for module in (tokens, data_format):
+        monkeypatch.setattr(module, "SCAN_IDS", 1 << 14)
+    peaks = {}
+    for documents in (1000, 8000):  # 0.2 and 1.6 MB of text
+        write_dataset(tmp_path / str(documents), (f"{n} " + "words " * 30 for n in range(documents)), bpe, **SOURCE)
+        dataset = load_dataset(tmp_path / str(documents))
+        tracemalloc.start()
+        retokenize(dataset, other_bpe)
+        peaks[documents] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[8000] < peaks[1000] + 100_000, peaks
+
+
+# ---- the dataset of a run
+
+
+def test_a_run_reads_a_dataset_in_the_tokens_of_its_model(copied, other_bpe, tmp_path, capsys):
+    other_bpe.save(tmp_path / "tokenizer.json")
+    own = find_dataset(str(copied), Ranks())
+    assert own.directory == copied
+    assert find_dataset(str(copied), Ranks(), copied / "tokenizer.json").directory == copied
+    assert not capsys.readouterr().out
+    found = find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json")
+    assert (found.tokenizer_fingerprint, found.meta["derived_from"]) == (other_bpe.fingerprint, own.fingerprint)
+    said = f"{copied} holds tokens of bpe-poems; writing it in those of bpe other to {found.directory}\n"
+    assert capsys.readouterr().out == said
+    again = find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json")
+    assert (again.directory, capsys.readouterr().out) == (found.directory, "")
+
+
+def test_a_nanogpt_folder_is_read_as_it_is(copied, other_bpe, tmp_path):
+    other_bpe.save(tmp_path / "tokenizer.json")
+    (copied / "meta.json").unlink()
+    (copied / "tokenizer.json").unlink()
+    assert find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json").directory == copied
+
+
+def test_a_missing_dataset_is_prepared_with_its_own_tokenizer(written, other_bpe, tmp_path):
+    other_bpe.save(tmp_path / "tokenizer.json")
+    directory = tmp_path / "poems"
+    directory.mkdir()
+    (directory / "prepare.py").write_text(
+        f"""import shutil, sys
+assert not sys.argv[1:]
+for name in {LABELS}:
+    shutil.copy({str(written)!r} + "/" + name, {str(directory)!r})
+"""
+    )
+    found = find_dataset(str(directory), Ranks(), tmp_path / "tokenizer.json")
+    assert found.tokenizer_fingerprint == other_bpe.fingerprint
+    assert load_dataset(directory).fingerprint == load_dataset(written).fingerprint
+
+
+def test_only_the_main_process_writes_other_tokens(copied, other_bpe, tmp_path, capsys):
+    other_bpe.save(tmp_path / "tokenizer.json")
+
+    class Waiting(Ranks):
+        def __init__(self):
+            self.main, self.size, self.meetings = False, 2, 0
+
+        def agree(self, value):
+            self.meetings += 1
+            if self.meetings == 2:  # the main process comes here when it has written
+                assert {path.name for path in copied.iterdir()} == set(LABELS)
+                retokenize(load_dataset(copied), other_bpe)
+
+    found = find_dataset(str(copied), Waiting(), tmp_path / "tokenizer.json")
+    assert found.tokenizer_fingerprint == other_bpe.fingerprint
+    assert not capsys.readouterr().out
 
 
 # ---- files
@@ -593,7 +850,7 @@ def test_nothing_waits_for_a_network_that_does_not_answer(silent_server, tmp_pat
     pytest.importorskip("datasets")
     started = time.monotonic()
     network = {"HF_ENDPOINT": silent_server, "HTTPS_PROXY": silent_server, "HF_HUB_OFFLINE": ""}
-    run = prepare("tinystories", "--num_samples", 50, "--out_dir", tmp_path, **network)
+    run = prepare("scientific", "--num_samples", 50, "--out_dir", tmp_path, **network)
     assert run.returncode == 0, run.stderr
     assert "because the hub did not answer" in run.stdout
     assert "GPT-2's ranks are not on this machine" in run.stdout and "downloaded" not in run.stdout
@@ -734,8 +991,8 @@ def test_a_script_makes_a_dataset_of_files(dataset, papers, tmp_path):
     assert Tokenizer.load(opened.tokenizer_path).decode(opened.val[:5]).startswith("Paper")
 
 
-def test_the_stand_in_is_called_synthetic_everywhere(tmp_path):
-    run = prepare("tinystories", "--out_dir", tmp_path, "--num_samples", 60)
+def test_the_stand_in_is_called_synthetic_everywhere(written, tmp_path):
+    run = prepare("tinystories", "--out_dir", tmp_path, "--num_samples", 60, "--tokenizer", written / "tokenizer.json")
     assert run.returncode == 0, run.stderr
     opened = load_dataset(tmp_path)
     assert opened.name == "tinystories-synthetic" and opened.meta["synthetic"] and "SYNTHETIC" in opened.meta["source"]
@@ -834,6 +1091,33 @@ def test_a_stream_that_trains_a_tokenizer_is_still_whole(monkeypatch):
     assert list(documents) == texts(200)
     with pytest.raises(ValueError, match="the source gives no text"):
         train_tokenizer(iter([]), "bpe", 300)
+
+
+def test_a_tokenizer_is_trained_on_the_further_vocabulary_of_its_source_too(tmp_path):
+    told = Source(texts(), "tales", "none", vocabulary=lambda: ["stable eigenvalues "] * 200)
+    hub = HubDataset("a/b", "text", "none", 5)
+    recipe = preparation.Recipe(ROOT / "data" / "tinystories", "", hub, offline=("tales", lambda: told))
+    options = ["--source", "tales", "--vocab_size", "300", "--out_dir", str(tmp_path)]
+    preparation.prepare(recipe, preparation.parse(recipe, options))
+    trained = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert len(trained.encode(" eigenvalues")) == 1
+    kept = documents_by_split(load_dataset(tmp_path))
+    assert sorted(kept["train"] + kept["val"]) == sorted(texts())  # it is not part of the dataset itself
+
+
+def test_the_stand_ins_vocabulary_is_the_docstrings():
+    source = TINYSTORIES.offline[1]()
+    assert not any("eigenvalues" in text for text in source.documents)
+    assert any("eigenvalues" in text for text in source.vocabulary())
+
+
+@pytest.mark.slow
+def test_the_stand_ins_own_tokenizer_is_as_large_as_gpt2s_and_knows_science(tmp_path):
+    run = prepare("tinystories", "--out_dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    trained = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert trained.vocab_size == preparation.GPT2_VOCAB_SIZE
+    assert len(trained.encode(" eigenvalues")) == 1
 
 
 MEASURED_WRITER = """

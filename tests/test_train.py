@@ -22,7 +22,6 @@ from checkpoint import CheckpointManager
 from data.batches import BlockSampler, fixed_batches
 from data.tokens import load_dataset
 from distributed import Ranks
-from model import GPTConfig
 from preflight import check_unchanged, disk_problems, prepare_start
 
 CPU = torch.device("cpu")
@@ -441,9 +440,9 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(dataset, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_built(tmp_path):
-    problems = disk_problems(tmp_path, GPTConfig(vocab_size=10**10))
+    problems = disk_problems(tmp_path, trained=10**13)
     assert len(problems) == 1 and "MB free, and saving needs" in problems[0]
-    assert disk_problems(tmp_path, GPTConfig(vocab_size=10, n_layer=1)) == []
+    assert disk_problems(tmp_path, trained=1000) == []
 
 
 def test_compile_is_obeyed(dataset, tmp_path):
@@ -510,9 +509,12 @@ def test_another_models_weights_are_a_start_and_its_tokenizer_is_checked(dataset
     other = tmp_path / "other"
     tokenizer = train_bpe(documents(seed=9), "bpe-other", vocab_size=300)
     write_dataset(other, documents(seed=9), tokenizer, name="other", source="tests", licence="none", val_fraction=0.1)
-    refused(
-        script(*start, f"dataset={other}"), "reads tokens of bpe-tiny", "bpe-other", "prepare the data with --tokenizer"
-    )
+    done = script(*start, f"dataset={other}", f"out_dir={tmp_path / 'on-other'}")
+    assert done.returncode == 0, done.stderr
+    assert f"{other} holds tokens of bpe-other; writing it in those of bpe-tiny" in done.stdout
+    refused(script(*start, f"dataset={other}"), "already holds a run")
+    done = script("train.py", "init_from=resume", f"out_dir={tmp_path / 'on-other'}", "max_iters=3")
+    assert done.returncode == 0, done.stderr
     refused(script(*start, f"dataset={dataset}", "n_layer=7"), "n_layer=7", "is not what")
 
 

@@ -3,7 +3,8 @@
 hub      TinyStories (Eldan and Li, 2023, arXiv:2305.07759), streamed from the Hugging Face hub (needs the package
          datasets)
 grammar  a stand-in with no network: stories that a small grammar makes up, always the same ones. They are synthetic,
-         and the dataset's name, tinystories-synthetic, says so
+         and the dataset's name, tinystories-synthetic, says so. Where they get a tokenizer of their own, it is trained
+         on the docstrings of data/scientific as well, or no model of them could be adapted to a larger vocabulary
 files    your own stories
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, so that this runs from anywhere
 
+from data.docstrings import from_docstrings
 from data.preparation import Recipe, main
 from data.sources import HubDataset, Source
 from data.tinystories.grammar import stories
@@ -33,6 +35,7 @@ RECIPE = Recipe(
             description="SYNTHETIC stories from data/tinystories/grammar.py, a stand-in for TinyStories",
             licence="that of this repository",
             synthetic=True,
+            vocabulary=lambda: from_docstrings().documents,
         ),
     ),
 )

@@ -1,0 +1,221 @@
+"""Base and adapter in one: a LoRA directory becomes a model directory that needs neither.
+
+    python merge_lora.py models/gpt-38M-tinystories-to-scientific-lora
+    python merge_lora.py models/NAME-lora models/NAME-merged-v2 --dtype bfloat16
+
+Before anything is written, the merged model reads real text and its logits are compared with those of base and adapter.
+What merging and rounding cost is printed for every dtype and kept in the new directory's export_meta.json.
+"""
+
+import argparse
+import copy
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import files
+import lora
+from checkpoint import ADAPTER_WEIGHTS, TOKENIZER, CheckpointManager, is_lora, read_about
+from data.batches import fixed_batches, sequences
+from data.tokens import dataset_problems
+from device import DTYPES
+from distributed import Ranks
+from model import GPT, GPTConfig
+from naming import ModelName, size_label
+from preflight import ROOT, dataset_directory, find_dataset, foreign_files
+from tokenizer import Tokenizer
+
+SEQUENCES = 8  # of block_size tokens, to compare logits on
+# Merging changes the order of a few sums: float32 logits move by about 1e-6 of the largest. More is a wrong merge.
+LARGEST_SHARE = 1e-4
+ELSEWHERE = "name another folder, say with -v2 at the end, or remove it"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("directory", type=Path, help="a LoRA directory")
+    parser.add_argument(
+        "destination", type=Path, nargs="?", help="the new directory (default: beside it, ...-merged by the convention)"
+    )
+    parser.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the new weights (default float32)")
+    parser.add_argument(
+        "--data", help="dataset whose validation text to compare on (default: the run's, else this project's README)"
+    )
+    arguments = parser.parse_args()
+    try:
+        print(merge(arguments.directory, arguments.destination, arguments.base, arguments.dtype, arguments.data))
+    except (ValueError, OSError) as error:
+        print(f"merge_lora.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("merge_lora.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def merge(
+    directory: Path,
+    destination: Path | None = None,
+    base: Path | None = None,
+    dtype: str = "float32",
+    data: str | None = None,
+) -> str:
+    """Merge a LoRA directory into a new model directory, verified first; returns what the script prints.
+
+    Raises ValueError or OSError, and writes nothing, for a directory without an adapter, a base that is not the
+    adapter's, a destination that holds something else, and a merged model that computes something else.
+    """
+    if not (directory.is_dir() and is_lora(read_about(directory))):
+        raise ValueError(f"{directory} is no LoRA directory: there is nothing to merge")
+    model, metadata = CheckpointManager.load_model(directory, base=base)
+    about, tokenizer = metadata["export_meta"], CheckpointManager.find_tokenizer(directory)
+    x, y, source = real_text(data, metadata["config"]["dataset"], tokenizer, model.config)
+    checks = {}
+    for name in DTYPES:
+        checks[name], merged, merge_report = check(model, x, y, DTYPES[name])
+        if name == dtype:
+            result, report = merged, merge_report
+    refuse_wrong(checks, dtype)
+    destination = destination or conventional_destination(directory, result.num_params())
+    merge_of = {
+        "base": {key: about["base"][key] for key in ("given", "sha256")},
+        "adapter": {"name": about["name"], "sha256": about["files"][ADAPTER_WEIGHTS]["sha256"]},
+        "dtype": dtype,
+    }
+    if done := already(destination, merge_of, result.num_params()):
+        return done
+    merge_of |= {
+        "layers": len(report.merged),
+        "untied": list(report.untied),
+        "largest_delta": report.largest_delta,
+        "verified_on": f"{x.numel():,} tokens of {source}",
+        "by_dtype": {name: asdict(found) if found else None for name, found in checks.items()},
+    }
+    kept = {key: metadata[key] for key in ("config", "iter_num", "best_val_loss")}
+    kept |= {key: about[key] for key in ("dataset", "tokenizer", "best") if key in about}
+    texts = {TOKENIZER: tokenizer.read_bytes()} if tokenizer else {}
+    with files.lock(destination):
+        CheckpointManager.save_checkpoint(result, destination, {**kept, "merge": merge_of}, texts=texts)
+    return summary(destination, result, merge_of, checks)
+
+
+def real_text(
+    data: str | None, run_dataset: str, tokenizer: Path | None, config: GPTConfig
+) -> tuple[Tensor, Tensor, str]:
+    """Inputs and targets (B, T) of validation text, or of the README where the run's dataset is not here; and whose."""
+    if data or (dataset_directory(run_dataset) / "val.bin").exists():
+        dataset = find_dataset(data or run_dataset, Ranks(), tokenizer)
+        problems = dataset_problems(dataset.directory, config.block_size, config.vocab_size)
+        if problems:
+            raise ValueError("\n".join(problems))
+        starts = fixed_batches(dataset.val, config.block_size, SEQUENCES, SEQUENCES)[0]
+        return *sequences(dataset.val, starts, config.block_size), dataset.name
+    if tokenizer is None:
+        raise ValueError(f"the run's dataset {run_dataset} is not here, nor a tokenizer for other text: give --data")
+    readme = ROOT / "README.md"
+    ids = np.array(Tokenizer.load(tokenizer).encode(readme.read_text(encoding="utf-8")))
+    length = min(config.block_size, len(ids) - 1)
+    return *sequences(ids, fixed_batches(ids, length, SEQUENCES, SEQUENCES)[0], length), readme.name
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near merged weights of one dtype come to base and adapter, with float32 arithmetic in both."""
+
+    rounding_loss: float  # share of the adapter's delta that rounding loses, a ratio of Frobenius norms
+    largest_logit_difference: float
+    largest_logit: float
+    loss_before: float  # nats per token, with the adapter
+    loss_after: float  # merged
+
+
+@torch.no_grad()
+def check(
+    model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype
+) -> tuple[Fidelity | None, GPT | None, lora.MergeReport | None]:
+    """Merge a copy of the model in `dtype` and compare. None where the dtype cannot hold the weights."""
+    merged = copy.deepcopy(model).eval()
+    try:
+        report = lora.merge_lora(merged, dtype=dtype)
+    except ValueError:
+        return None, None, None
+    merged.to(dtype)
+    if not all(parameter.isfinite().all() for parameter in merged.parameters()):
+        return None, None, None
+    wide = copy.deepcopy(merged).float()
+    difference = largest = before = after = 0.0
+    for row, targets in zip(x.split(1), y.split(1), strict=True):
+        expected, loss = model.eval()(row, targets)
+        found, merged_loss = wide(row, targets)
+        difference = max(difference, (found - expected).abs().max().item())
+        largest = max(largest, expected.abs().max().item())
+        before, after = before + loss.item() / len(x), after + merged_loss.item() / len(x)
+    return Fidelity(report.rounding_loss, difference, largest, before, after), merged, report
+
+
+def refuse_wrong(checks: dict[str, Fidelity | None], dtype: str) -> None:
+    exact = checks["float32"]
+    if exact is None or checks[dtype] is None:
+        raise ValueError(f"the merged weights are not finite in {'float32' if exact is None else dtype}")
+    if not exact.largest_logit_difference <= LARGEST_SHARE * exact.largest_logit:
+        raise ValueError(
+            "the merged model computes something else: its logits differ by up to "
+            f"{exact.largest_logit_difference:.2e} where the largest is {exact.largest_logit:.1f}; nothing was written"
+        )
+
+
+def conventional_destination(directory: Path, count: int) -> Path:
+    """Beside the LoRA directory, ...-merged. Untying makes a model larger, and then the name says so."""
+    try:
+        name = replace(ModelName.parse(directory.resolve().name), training_type="merged")
+    except ValueError as error:
+        raise ValueError(f"{error}; so say where the merged model shall go: merge_lora.py {directory} NEW") from None
+    return directory.parent / str(name if name.fits(count) else replace(name, size=size_label(count)))
+
+
+def already(destination: Path, merge_of: dict[str, Any], count: int) -> str:
+    """What to say if this very merge is there; empty if nothing is. Raises ValueError for anything else there."""
+    there = read_about(destination) if destination.is_dir() else None
+    if there and merge_of.items() <= there.get("merge", {}).items():
+        return f"{destination} is this merge already; nothing was changed"
+    if there:
+        raise ValueError(f"{destination} holds another model, {there['name']} (saved {there['saved_at']}): {ELSEWHERE}")
+    if strange := foreign_files(destination):
+        raise ValueError(f"{destination} holds {', '.join(strange[:3])}, not ours to write over: {ELSEWHERE}")
+    if destination.resolve().parent.name == "models":
+        name = ModelName.parse(destination.name)
+        if not name.fits(count):
+            raise ValueError(f"{name} says {name.size}, and the merged model has {count:,} parameters")
+    return ""
+
+
+def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dict[str, Fidelity | None]) -> str:
+    found = checks[merge_of["dtype"]]
+    lines = [
+        f"{destination}: {model.num_params():,} parameters in {merge_of['dtype']}, {merge_of['layers']} layers merged",
+        f"verified on {merge_of['verified_on']}: loss {found.loss_before:.5f} with base and adapter, "
+        f"{found.loss_after:.5f} merged",
+        f"{'weights':<10} {'delta lost':>10} {'logits differ by':>17} {'loss':>9}",
+    ]
+    for name, fidelity in checks.items():
+        lines.append(
+            f"{name:<10} {fidelity.rounding_loss:>10.1e} {fidelity.largest_logit_difference:>17.1e} "
+            f"{fidelity.loss_after:>9.5f}"
+            if fidelity
+            else f"{name:<10} cannot hold them"
+        )
+    if merge_of["untied"]:
+        lines.append(f"untied: {', '.join(merge_of['untied'])} no longer shares its weight")
+    return "\n".join([*lines, f'try it: python sample.py {destination} --prompt "In this paper we"'])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
