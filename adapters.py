@@ -25,6 +25,7 @@ import lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
 FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it
 
@@ -79,17 +80,27 @@ def adapter_files(
         "use_rslora": first.use_rslora,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "target_modules": list(parts),
-        "rank_pattern": {path: part.rank for path, part in parts.items() if part.rank != rank},
-        "alpha_pattern": {path: part.alpha for path, part in parts.items() if part.alpha != alpha},
+        "target_modules": _exactly(model, list(parts)),
+        # A pattern's key would match the ends of other paths too, were it not for the anchor.
+        "rank_pattern": {f"^{re.escape(path)}": part.rank for path, part in parts.items() if part.rank != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": part.alpha for path, part in parts.items() if part.alpha != alpha},
     }
-    metadata = {"format": "pt", FINGERPRINT: base_fingerprint(model, parts)}
+    metadata = {"format": "pt"}
+    if all(model.get_submodule(path).weight.is_floating_point() for path in parts):  # a quantised base is no base
+        metadata[FINGERPRINT] = base_fingerprint(model, parts)
     tensors = {PREFIX + key: tensor for key, tensor in state.items()}
     # The tensors first: whoever finds the configuration finds what it describes.
     return {
         WEIGHTS: _in_order(safetensors.torch.save(tensors, metadata)),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
+
+
+def _exactly(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """What makes PEFT and us select these layers and no others: a list, or a regular expression if one of them is also
+    the end of another layer's path."""
+    selected = {path for found in lora.matches(model, paths).values() for path in found}
+    return paths if selected == set(paths) else "|".join(map(re.escape, paths))
 
 
 def _in_order(data: bytes) -> bytes:
@@ -107,8 +118,8 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 @torch.no_grad()
 def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
-    """sha256 of the weights below an adapter: the same for one model in float32 and in bfloat16, with nn.Linear and
-    with Transformers' Conv1D, in our directories and in others."""
+    """sha256 of the weights that an adapter adds to, and of no others: the same for one model in float32 and bfloat16,
+    with nn.Linear and with Transformers' Conv1D, in our directories and in others."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         layer = model.get_submodule(path)
@@ -135,7 +146,8 @@ def load_adapters(
     """
     directory = Path(directory).expanduser()
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found")
+        old = " (adapter_model.bin is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
+        raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found{old}")
     config, weights = ((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
     return install_adapter(model, config, weights, directory, adapter, force=force, untie=untie, dtype=dtype)
 
@@ -162,8 +174,8 @@ def install_adapter(
     comparable = fingerprint and not force and not any(weight.is_meta for weight in model.parameters())
     if comparable and (found := base_fingerprint(model, parts)) != fingerprint:
         raise ValueError(
-            f"{source} was trained on other weights: its base has the fingerprint {fingerprint[:12]}..., and this "
-            f"{type(model).__name__} has {found[:12]}...; force=True loads it all the same"
+            f"{source} was trained on other weights: the layers it adapts had the fingerprint {fingerprint[:12]}..., "
+            f"and in this {type(model).__name__} they have {found[:12]}...; force=True loads it all the same"
         )
     return lora.install(
         model, adapter, parts, settings["use_rslora"], settings["lora_dropout"], dtype=dtype, untie=untie
@@ -192,6 +204,8 @@ def _read_config(data: bytes, source: Path) -> dict[str, Any]:
             settings["r"],
             settings["lora_alpha"],
             settings["lora_dropout"],
+            settings["target_modules"] or lora.ALL_LINEAR,
+            settings["exclude_modules"],
             use_rslora=settings["use_rslora"],
             rank_pattern=settings["rank_pattern"],
             alpha_pattern=settings["alpha_pattern"],
@@ -222,13 +236,15 @@ def _parts(
         path, side = _place(name.removeprefix(PREFIX), layers)
         if not name.startswith(PREFIX) or side is None:
             problems.append(f"{name} belongs to no layer of this model")
+        elif tensor.dim() != 2 or not tensor.isfinite().all():
+            problems.append(f"{name} is no matrix of finite numbers")
         elif side == "base":  # PEFT saves a copy of an output head or embedding that has an adapter
             if not layers[path].weight.is_meta and not torch.equal(tensor, layers[path].weight.to("cpu", tensor.dtype)):
                 problems.append(f"{name} is not what this model has there")
         else:
             sides.setdefault(path, {})[side] = tensor
     problems += [f"{path} has only its lora_{next(iter(pair))}" for path, pair in sides.items() if len(pair) < 2]
-    if not settings.get("layers_to_transform"):
+    if settings.get("layers_to_transform") in (None, []):
         wanted, unwanted = (
             {path for found in lora.matches(model, settings[key]).values() for path in found}
             for key in ("target_modules", "exclude_modules")

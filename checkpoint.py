@@ -79,11 +79,11 @@ class CheckpointManager:
         Of a model with an adapter, the adapter alone is saved, and `metadata` needs base, what `base_reference` gave.
         """
         directory, model = Path(directory), bare(model)
-        adapted = bool(lora.adapter_names(model))
-        if adapted != ("base" in metadata):
+        adapted = bool(names := lora.adapter_names(model))
+        if adapted != ("base" in metadata) or len(names) > 1:
             raise ValueError(
-                f"{directory}: a model with adapters is saved with its base (CheckpointManager.base_reference), or "
-                "merged first (lora.merge_lora); one without has none"
+                f"{directory}: a model with one adapter is saved with its base (CheckpointManager.base_reference), or "
+                f"merged first (lora.merge_lora); one without has none, and this one has {', '.join(names) or 'none'}"
             )
         arguments = model_args(model.config)
         own = lora.lora_state_dict(model) if adapted else {}
@@ -137,25 +137,23 @@ class CheckpointManager:
 
         metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
         With apply_lora, the model is frozen and has a new adapter to train; `lora_config` has LoRAConfig's settings in
-        any of its spellings. A LoRA directory gives its base with its adapter; `base` says where that lies now if it
-        was moved. Raises ValueError for a base that is not the one the adapter was trained on.
+        any of its spellings, and `untie` where a tied layer may have one. A LoRA directory gives its base with its
+        adapter; `base` says where that lies now if it was moved. Raises ValueError for a base that is not the one the
+        adapter was trained on.
         """
         if lora_config and not apply_lora:
             raise ValueError("lora_config is given, but apply_lora is not true")
         directory, name = _locate(path)
-        marker = files.read_marker(directory)
-        if is_lora(marker):
-            model, checkpoint = _load_adapted(directory, marker, base, device)
-        elif base:
+        if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
-        else:
-            checkpoint = _load(directory, name, device)
-            model = build_model(checkpoint, directory / name)
+        model, checkpoint, marker = _load_of_one_save(directory, name, base, device)
         if apply_lora:
-            lora.apply_lora(model, lora.LoRAConfig.from_dict(lora_config or {}))
+            settings = dict(lora_config or {})
+            untie = settings.pop("untie", False)
+            lora.apply_lora(model, lora.LoRAConfig.from_dict(settings), untie=untie)
         kept = ("model_args", "config", "iter_num", "best_val_loss")
         metadata = {key: checkpoint.get(key) for key in kept}
-        return model, {**metadata, "directory": directory, "export_meta": files.read_marker(directory)}
+        return model, {**metadata, "directory": directory, "export_meta": marker}
 
     @staticmethod
     def load_model_for_inference(
@@ -177,7 +175,8 @@ class CheckpointManager:
     def base_reference(base: str | Path, directory: str | Path) -> dict[str, str]:
         """What a LoRA run in `directory` remembers of the model it adapts: relative path and sha256 of its weights."""
         folder, name = _locate(base)
-        path = os.path.relpath((folder / name).resolve(), Path(directory).resolve())
+        # The file itself may be a link into a store of nameless blobs, as in Hugging Face's cache.
+        path = os.path.relpath(folder.resolve() / name, Path(directory).resolve())
         return {"path": Path(path).as_posix(), "sha256": _sha256(folder, name), "given": str(base)}
 
     @staticmethod
@@ -207,20 +206,22 @@ class CheckpointManager:
                 f"{expected} ({about['base']['given']}); if that was moved, --base says where"
             )
         model, _ = CheckpointManager.load_model(path, device)
+        reference = CheckpointManager.base_reference(path, directory)
+        if reference["sha256"] != expected:
+            raise ValueError(f"{path} was saved anew while it was read, and is no longer the base of {directory}")
         with files.open_verified(directory, MODEL_ARGS) as file:
             wanted = GPTConfig(**json.load(file))
         model = reshaped(model.float(), wanted.block_size, wanted.dropout)
-        reference = CheckpointManager.base_reference(path, directory)
         return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
         """The tokenizer.json of a model directory, or None where it has none (nanoGPT's)."""
-        stored = _locate(path)[0] / TOKENIZER
+        stored = files.find(_locate(path)[0], TOKENIZER)
         return stored if stored.exists() else None
 
     @staticmethod
-    def verify(path: str | Path) -> list[str]:
+    def verify(path: str | Path, base: str | Path | None = None) -> list[str]:
         """Every problem of a model directory: damaged or missing files, unreadable weights. Empty when it is sound."""
         directory, _ = _locate(path)
         marker = files.read_marker(directory)
@@ -235,7 +236,7 @@ class CheckpointManager:
                 problems.append(str(error))
         if not problems:
             try:
-                CheckpointManager.load_model(directory, "meta")
+                CheckpointManager.load_model(directory, "meta", base=base)
             except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
         return problems
@@ -273,6 +274,25 @@ def _sha256(directory: Path, name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _load_of_one_save(
+    directory: Path, name: str, base: str | Path | None, device: str | torch.device
+) -> tuple[GPT, dict[str, Any], dict[str, Any] | None]:
+    """The model, what is saved with it, and the marker that both belong to: a run may save while we read."""
+    while True:
+        marker = files.read_marker(directory)
+        try:
+            if is_lora(marker):
+                model, checkpoint = _load_adapted(directory, marker, base, device)
+            else:
+                checkpoint = _load(directory, name, device)
+                model = build_model(checkpoint, directory / name)
+            if files.read_marker(directory) == marker:
+                return model, checkpoint, marker
+        except (ValueError, OSError):
+            if files.read_marker(directory) == marker:
+                raise
+
+
 def _load_adapted(
     directory: Path, about: dict[str, Any], base: str | Path | None, device: str | torch.device
 ) -> tuple[GPT, dict[str, Any]]:
@@ -283,14 +303,7 @@ def _load_adapted(
     for name in names:
         with files.open_verified(directory, name) as file:
             content[name] = file.read()
-    try:
-        adapters.install_adapter(
-            model, content[ADAPTER_CONFIG], content[ADAPTER_WEIGHTS], directory / ADAPTERS, untie=True
-        )
-    except ValueError as error:
-        if files.read_marker(directory) == about:
-            raise
-        raise ValueError(f"{directory} was saved anew while it was read; try again ({error})") from None
+    adapters.install_adapter(model, content[ADAPTER_CONFIG], content[ADAPTER_WEIGHTS], directory / ADAPTERS, untie=True)
     said = {"model_args": json.loads(content[MODEL_ARGS]), "config": json.loads(content[CONFIG])}
     return model, {
         **said,
@@ -362,7 +375,7 @@ def _locate(path: str | Path) -> tuple[Path, str]:
     if path.parts[-2:] == tuple(STATE.split("/")):
         directory, name = path.parent.parent, STATE
     if not directory.is_dir():
-        near = sorted(p.parent.name for p in directory.parent.glob(f"*/{WEIGHTS}"))
+        near = sorted({p.parent.name for file in (WEIGHTS, files.MARKER) for p in directory.parent.glob(f"*/{file}")})
         raise FileNotFoundError(
             f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
         )
@@ -566,7 +579,7 @@ def prune(root: Path, yes: bool) -> str:
     lines = []
     for path in complete:
         if is_lora(about := read_about(path)):
-            base = (path / about["base"]["path"]).resolve().parent
+            base = _locate(path / about["base"]["path"])[0].resolve()
             for older in [other for other in doomed if other.resolve() == base]:
                 lines.append(f"kept {older}: it is the base of {path.name}")
                 del doomed[older]
@@ -598,11 +611,13 @@ def main() -> int:
     ):
         sub = commands.add_parser(command, help=help)
         sub.add_argument("directory", type=Path)
+        if command == "verify":
+            sub.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
     sub.add_argument("destination", type=Path)
     arguments = parser.parse_args()
     try:
         if arguments.command == "verify":
-            problems = CheckpointManager.verify(arguments.directory)
+            problems = CheckpointManager.verify(arguments.directory, arguments.base)
             print("\n".join(problems) or f"{arguments.directory} is sound")
             return 1 if problems else 0
         actions = {

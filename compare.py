@@ -115,8 +115,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = [read_prompt(prompt) for prompt in arguments.prompt]
     keep_freed_memory()
     device, dtype = pick_device(arguments.device), DTYPES[arguments.dtype]
-    a = load("A", arguments.a, arguments, device, dtype)
-    b = load("B", arguments.b, arguments, device, dtype)
+    bases = places_of_bases(arguments)
+    a = load("A", arguments.a, bases[0], arguments.tokenizer, device, dtype)
+    b = load("B", arguments.b, bases[1], arguments.tokenizer, device, dtype)
     names = arguments.data or [side.trained_on for side in (a, b) if side.trained_on]
     if not names:
         raise ValueError("neither model says what it was trained on: name a dataset with --data")
@@ -142,12 +143,26 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out}: the picture is a PNG, so its name must end in .png")
 
 
-def load(letter: str, path: str, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Side:
-    base = arguments.base if is_lora(read_about(Path(path))) else None
+def places_of_bases(arguments: argparse.Namespace) -> list[str | None]:
+    """--base for A and for B: for whichever misses its base, or else for every LoRA directory of the two."""
+    paths, places = (Path(arguments.a), Path(arguments.b)), [None, None]
+    about = [read_about(path) or {} for path in paths]
+    adapted = [i for i in (0, 1) if is_lora(about[i])]
+    missing = [i for i in adapted if not (paths[i] / about[i]["base"]["path"]).exists()]
+    if arguments.base and not adapted:
+        raise ValueError(f"--base {arguments.base}: neither A nor B is a LoRA directory")
+    for i in missing or adapted:
+        places[i] = arguments.base
+    return places
+
+
+def load(
+    letter: str, path: str, base: str | None, fallback: str | None, device: torch.device, dtype: torch.dtype
+) -> Side:
     model, metadata = CheckpointManager.load_model(path, device, base=base)
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=dtype)  # as sample.py does
-    tokenizer_path = CheckpointManager.find_tokenizer(path) or arguments.tokenizer
+    tokenizer_path = CheckpointManager.find_tokenizer(path) or fallback
     tokenizer = find_tokenizer(tokenizer_path, metadata)
     trained_on = (metadata["config"] or {}).get("dataset")
     name = metadata["directory"].resolve().name

@@ -15,6 +15,7 @@ import re
 import runpy
 import textwrap
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -211,6 +212,9 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
         except ValueError as error:
             problems.append(f"{source}: {error}")
     config = RunConfig(**values)
+    steps, (_, source) = config.gradient_accumulation_steps, given.get("gradient_accumulation_steps", (None, ""))
+    if config.lora_one_micro_batch and source and steps > 1:
+        problems.append(f"{source}: gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true")
     if config.init_from != "resume":  # what was not given may yet come from the saved run: merge_resumed looks then
         problems += config.problems()
     if problems:
@@ -252,17 +256,22 @@ def _settled(entries: list[tuple[str, Any, str]], problems: list[str]) -> dict[s
     """{setting: (value, source)} of what one file, or the command line, gives under whatever spelling."""
     settled: dict[str, tuple[Any, str]] = {}
     spelled: dict[str, tuple[str, Any]] = {}
-    for key, value, source in entries:
-        if key == "lora" and isinstance(value, dict):  # a group in a file
-            inner = [(f"lora.{name}", item, source) for name, item in value.items()]
-            settled |= _settled(inner, problems)
-        elif _known(key, source, problems):
+    for key, value, source in chain.from_iterable(map(_ungrouped, entries)):
+        if _known(key, source, problems):
             name = ALIASES.get(key, key)
             first, before = spelled.setdefault(name, (key, value))
             if first != key and before != value:
                 problems.append(f"{source}: {first}={before!r} and {key}={value!r} give {name} two values")
             settled[name] = (value, source)
     return settled
+
+
+def _ungrouped(entry: tuple[str, Any, str]) -> list[tuple[str, Any, str]]:
+    """A group in a file, `"lora": {"r": 4}`, as the settings in it."""
+    key, value, source = entry
+    if key != "lora" or not isinstance(value, dict):
+        return [entry]
+    return [(f"lora.{name}", item, source) for name, item in value.items()]
 
 
 def _known(key: str, source: str, problems: list[str]) -> bool:
@@ -315,7 +324,7 @@ def _typed(key: str, value: Any) -> Any:
 
 def _selection(names: str) -> str | list[str]:
     """Names with commas between them as a list; a regular expression, or all-linear, as it is."""
-    plain = names != ALL_LINEAR and re.fullmatch(r"[\w.-]*(\s*,\s*[\w.-]+)*", names)
+    plain = names != ALL_LINEAR and re.fullmatch(r"[\w.-]*(\s*,\s*[\w.-]*)*", names)
     return [name.strip() for name in names.split(",") if name.strip()] if plain else names
 
 

@@ -180,10 +180,10 @@ class Adapters(nn.ModuleDict):
 class Adapted:
     """Mixed into the class of a layer for as long as it has adapters."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
+        y = super().forward(input)
         active = self.lora.active
-        return y + self.lora[active](x, y.dtype) if active in self.lora else y
+        return y + self.lora[active](input, y.dtype) if active in self.lora else y
 
 
 @cache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import files
 import lora
-from checkpoint import ADAPTER_WEIGHTS, TOKENIZER, CheckpointManager, is_lora, read_about
+from checkpoint import ADAPTER_WEIGHTS, TOKENIZER, CheckpointManager, is_lora, read_about, status
 from data.batches import fixed_batches, sequences
 from data.tokens import dataset_problems
 from device import DTYPES
@@ -30,7 +30,7 @@ from naming import ModelName, size_label
 from preflight import ROOT, dataset_directory, find_dataset, foreign_files
 from tokenizer import Tokenizer
 
-SEQUENCES = 8  # of block_size tokens, to compare logits on
+SEQUENCES, LENGTH = 4, 256  # tokens to compare logits on: few, for a vocabulary may have 262,144 entries
 # Merging changes the order of a few sums: float32 logits move by about 1e-6 of the largest. More is a wrong merge.
 LARGEST_SHARE = 1e-4
 ELSEWHERE = "name another folder, say with -v2 at the end, or remove it"
@@ -77,10 +77,10 @@ def merge(
         raise ValueError(f"{directory} is no LoRA directory: there is nothing to merge")
     model, metadata = CheckpointManager.load_model(directory, base=base)
     about, tokenizer = metadata["export_meta"], CheckpointManager.find_tokenizer(directory)
-    x, y, source = real_text(data, metadata["config"]["dataset"], tokenizer, model.config)
-    checks = {}
-    for name in DTYPES:
-        checks[name], merged, merge_report = check(model, x, y, DTYPES[name])
+    x, y, source = real_text(data, metadata["config"].get("dataset"), tokenizer, model.config)
+    before, checks = answers(model, x, y), {}
+    for name in sorted(DTYPES, key=lambda name: name == dtype):  # the one that is kept comes last
+        checks[name], merged, merge_report = check(model, before, x, y, DTYPES[name])
         if name == dtype:
             result, report = merged, merge_report
     refuse_wrong(checks, dtype)
@@ -101,28 +101,33 @@ def merge(
     }
     kept = {key: metadata[key] for key in ("config", "iter_num", "best_val_loss")}
     kept |= {key: about[key] for key in ("dataset", "tokenizer", "best") if key in about}
-    texts = {TOKENIZER: tokenizer.read_bytes()} if tokenizer else {}
+    texts = {}
+    if TOKENIZER in about["files"]:
+        with files.open_verified(directory, TOKENIZER) as file:
+            texts[TOKENIZER] = file.read()
     with files.lock(destination):
+        already(destination, merge_of, result.num_params())  # nobody has come between
         CheckpointManager.save_checkpoint(result, destination, {**kept, "merge": merge_of}, texts=texts)
     return summary(destination, result, merge_of, checks)
 
 
 def real_text(
-    data: str | None, run_dataset: str, tokenizer: Path | None, config: GPTConfig
+    data: str | None, run_dataset: str | None, tokenizer: Path | None, config: GPTConfig
 ) -> tuple[Tensor, Tensor, str]:
     """Inputs and targets (B, T) of validation text, or of the README where the run's dataset is not here; and whose."""
-    if data or (dataset_directory(run_dataset) / "val.bin").exists():
+    if data or (run_dataset and (dataset_directory(run_dataset) / "val.bin").exists()):
         dataset = find_dataset(data or run_dataset, Ranks(), tokenizer)
         problems = dataset_problems(dataset.directory, config.block_size, config.vocab_size)
         if problems:
             raise ValueError("\n".join(problems))
-        starts = fixed_batches(dataset.val, config.block_size, SEQUENCES, SEQUENCES)[0]
-        return *sequences(dataset.val, starts, config.block_size), dataset.name
+        length = min(config.block_size, LENGTH)
+        starts = fixed_batches(dataset.val, length, SEQUENCES, SEQUENCES)[0]
+        return *sequences(dataset.val, starts, length), dataset.name
     if tokenizer is None:
-        raise ValueError(f"the run's dataset {run_dataset} is not here, nor a tokenizer for other text: give --data")
+        raise ValueError(f"the run's dataset ({run_dataset}) is not here, nor a tokenizer for other text: give --data")
     readme = ROOT / "README.md"
     ids = np.array(Tokenizer.load(tokenizer).encode(readme.read_text(encoding="utf-8")))
-    length = min(config.block_size, len(ids) - 1)
+    length = min(config.block_size, LENGTH, len(ids) - 1)
     return *sequences(ids, fixed_batches(ids, length, SEQUENCES, SEQUENCES)[0], length), readme.name
 
 
@@ -138,10 +143,15 @@ class Fidelity:
 
 
 @torch.no_grad()
+def answers(model: GPT, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(logits, loss) of every sequence, in eval mode."""
+    return [model.eval()(row, targets) for row, targets in zip(x.split(1), y.split(1), strict=True)]
+
+
 def check(
-    model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype
+    model: GPT, before: list[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, dtype: torch.dtype
 ) -> tuple[Fidelity | None, GPT | None, lora.MergeReport | None]:
-    """Merge a copy of the model in `dtype` and compare. None where the dtype cannot hold the weights."""
+    """Merge a copy of the model in `dtype` and compare with its answers before. None where the dtype cannot hold it."""
     merged = copy.deepcopy(model).eval()
     try:
         report = lora.merge_lora(merged, dtype=dtype)
@@ -150,15 +160,13 @@ def check(
     merged.to(dtype)
     if not all(parameter.isfinite().all() for parameter in merged.parameters()):
         return None, None, None
-    wide = copy.deepcopy(merged).float()
-    difference = largest = before = after = 0.0
-    for row, targets in zip(x.split(1), y.split(1), strict=True):
-        expected, loss = model.eval()(row, targets)
-        found, merged_loss = wide(row, targets)
-        difference = max(difference, (found - expected).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
-        before, after = before + loss.item() / len(x), after + merged_loss.item() / len(x)
-    return Fidelity(report.rounding_loss, difference, largest, before, after), merged, report
+    wide = merged if dtype == torch.float32 else copy.deepcopy(merged).float()
+    after = answers(wide, x, y)
+    pairs = [(expected, found) for (expected, _), (found, _) in zip(before, after, strict=True)]
+    difference = torch.stack([(found - expected).abs().max() for expected, found in pairs]).max().item()
+    largest = torch.stack([expected.abs().max() for expected, _ in pairs]).max().item()
+    losses = [torch.stack([loss for _, loss in answer]).mean().item() for answer in (before, after)]
+    return Fidelity(report.rounding_loss, difference, largest, *losses), merged, report
 
 
 def refuse_wrong(checks: dict[str, Fidelity | None], dtype: str) -> None:
@@ -183,7 +191,11 @@ def conventional_destination(directory: Path, count: int) -> Path:
 
 def already(destination: Path, merge_of: dict[str, Any], count: int) -> str:
     """What to say if this very merge is there; empty if nothing is. Raises ValueError for anything else there."""
+    if destination.is_file():
+        raise ValueError(f"{destination} is a file: {ELSEWHERE}")
     there = read_about(destination) if destination.is_dir() else None
+    if there and status(destination) != "complete":
+        raise ValueError(f"{destination} is torn: {ELSEWHERE}")
     if there and merge_of.items() <= there.get("merge", {}).items():
         return f"{destination} is this merge already; nothing was changed"
     if there:

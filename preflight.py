@@ -48,7 +48,9 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     if config.init_from == "resume":
         return _resume(config, given, ranks)
     _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
-    model = stored = None
+    model = stored = base = None
+    if config.lora:
+        expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
     if config.init_from != "scratch":
         model, stored = base_model(config, given), CheckpointManager.find_tokenizer(config.init_from)
     dataset = find_dataset(config.dataset, ranks, stored)
@@ -69,7 +71,10 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
     problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable)
     _raise_all(problems)
-    base = CheckpointManager.base_reference(config.init_from, directory) if config.lora else None
+    if config.lora:
+        base = CheckpointManager.base_reference(config.init_from, directory)
+        if base["sha256"] != expected:
+            raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
     config = replace(config, out_dir=str(directory), **asdict(architecture))
     return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
 
@@ -77,6 +82,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if config.out_dir:
         directory = Path(config.out_dir).expanduser()
+    elif config.lora:
+        raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
     else:
         vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
@@ -229,11 +236,8 @@ def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[lis
 
 def rank_problems(config: RunConfig, ranks: Ranks) -> list[str]:
     steps = config.micro_batches
-    return (
-        [f"gradient_accumulation_steps={steps} must be a multiple of the {ranks.size} processes"]
-        if steps % ranks.size
-        else []
-    )
+    name = "lora_one_micro_batch: 1" if config.lora_one_micro_batch else f"gradient_accumulation_steps={steps}"
+    return [f"{name} must be a multiple of the {ranks.size} processes"] if steps % ranks.size else []
 
 
 def occupied(directory: Path) -> list[str]:

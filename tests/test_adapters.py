@@ -196,7 +196,7 @@ def test_an_adapter_on_another_base_is_refused_unless_forced(tmp_path):
     save_adapters(trained(model), tmp_path)
     with torch.no_grad():
         other.transformer.h[1].mlp.c_fc.weight[3, 4] += 0.01
-    with pytest.raises(ValueError, match=r"trained on other weights: its base has the fingerprint [0-9a-f]{12}.*force"):
+    with pytest.raises(ValueError, match=r"other weights: the layers it adapts had the fingerprint [0-9a-f]{12}.*force"):
         load_adapters(other, tmp_path)
     assert adapter_names(other) == [] and all(p.requires_grad for p in other.parameters())
     load_adapters(other, tmp_path, force=True)
@@ -272,6 +272,13 @@ COPY = "base_model.model.transformer.h.0.attn.c_attn.base_layer.weight"
         (spoil_tensors(lambda t: t.update({COPY: torch.ones(72, 24)})), "base_layer.weight is not what this model has"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]), "is no safetensors file, or is cut"),
         (lambda d: (d / CONFIG).write_text("{"), "is no JSON"),
+        (spoil_config(target_modules="("), "is no regular expression"),
+        (spoil_config(target_modules=[3]), "must be names"),
+        (spoil_config(target_modules=3), CONFIG),
+        (spoil_config(exclude_modules=5), CONFIG),
+        (spoil_tensors(lambda t: t.update({KEY.format("A"): torch.ones(4)})), "is no matrix of finite numbers"),
+        (spoil_tensors(lambda t: t[KEY.format("A")].fill_(float("nan"))), "is no matrix of finite numbers"),
+        (lambda d: (d / WEIGHTS).rename(d / "adapter_model.bin"), "save it anew with PEFT"),
         (lambda d: (d / CONFIG).write_text("[]"), "describes no LoRA"),
         (lambda d: (d / WEIGHTS).unlink(), "holds no adapter: adapter_model.safetensors not found"),
     ],
@@ -302,6 +309,48 @@ def test_an_adapter_for_some_layers_only_loads(tmp_path):
     assert report.matched == ("transformer.h.1.attn.c_attn",)
     x = tokens(2, 16)
     torch.testing.assert_close(logits(model, x), theirs(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_layer_alone_is_some_layers_too(tmp_path):
+    model = gpt2()
+    made_by_peft(model, {"rank": 2, "targets": ["c_attn"], "layers_to_transform": 0}, tmp_path)
+    assert load_adapters(model, tmp_path).matched == ("transformer.h.0.attn.c_attn",)
+
+
+class Nested(nn.Module):
+    """Two layers of which one's path is the end of the other's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.inner = nn.Linear(4, 4), nn.Module()
+        self.inner.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.inner.head(x))
+
+
+@pytest.mark.parametrize("targets", [r"head", r"(inner\.)?head"])
+def test_a_path_that_is_the_end_of_another_is_not_mistaken_for_it(targets, tmp_path):
+    model, x = Nested(), torch.randn(3, 4)
+    base = copy.deepcopy(model)
+    patterns = {"rank_pattern": {"^head": 3}, "alpha_pattern": {"^head": 3, "inner.head": 5}}
+    patterns = patterns if "inner" in targets else {}
+    apply_lora(model, LoRAConfig(rank=2, targets=targets, **patterns))
+    trained(model)
+    save_adapters(model, tmp_path)
+    theirs = opened_by_peft(copy.deepcopy(base), tmp_path)
+    load_adapters(base, tmp_path)
+    torch.testing.assert_close(base(x), model(x), atol=0, rtol=0)
+    torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_layer_may_be_called_with_its_input_by_name():
+    model = nn.Linear(3, 2)
+    wrapper = nn.Sequential(model)
+    apply_lora(wrapper, LoRAConfig(rank=1))
+    x = torch.ones(1, 3)
+    assert torch.equal(wrapper[0](input=x), wrapper[0](x))
 
 
 def test_any_module_will_do(tmp_path):

@@ -178,8 +178,10 @@ def test_a_group_in_a_file_is_read_and_the_command_line_overrides_it_in_any_spel
     assert given["lora_rank"] == "argument lora_rank=2" and given["lora_targets"] == f"{file}:1"
 
 
-def test_two_spellings_that_disagree_are_an_error_with_both():
+def test_two_spellings_that_disagree_are_an_error_with_both(tmp_path):
     assert "argument rank=5: r='4' and rank='5' give lora_rank two values" in refusal("r=4", "rank=5")
+    for text in ("{'lora': {'r': 4}, 'lora_rank': 8}", "{'lora_rank': 8, 'lora': {'r': 4}}"):
+        assert "give lora_rank two values" in refusal(write(tmp_path / "c.py", f"config = {text}"))
     assert "there is no setting 'lora.rnk'; did you mean 'lora_rank'?" in refusal("lora.rnk=4")
 
 
@@ -187,6 +189,7 @@ def test_a_regular_expression_is_one_and_names_are_names():
     def targets(text):
         return load(["init_from=x", "lora=true", f"lora_targets={text}"])[0].lora_config().targets
 
+    assert targets("c_attn,") == ["c_attn"]
     assert targets("c_attn") == ["c_attn"] and targets("h.0.attn.c_attn,c_fc") == ["h.0.attn.c_attn", "c_fc"]
     assert targets(r".*q_proj|.*v_proj") == r".*q_proj|.*v_proj" and targets("all-linear") == "all-linear"
     assert targets(r".*h\.[0-4]{1,2}\..*") == r".*h\.[0-4]{1,2}\..*"

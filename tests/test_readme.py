@@ -52,7 +52,7 @@ def test_every_link_leads_somewhere():
 
 @pytest.mark.slow
 def test_its_commands_run_from_a_fresh_copy(tmp_path):
-    """Only the number of steps is made smaller; a resumed run gets one more."""
+    """Only the number of steps, and of tokens to compare on, is made smaller; a resumed run gets one more."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,13 @@ def test_its_commands_run_from_a_fresh_copy(tmp_path):
             continue
         if words[1] == "train.py":
             words += [f"--max_iters={2 + ('--init_from=resume' in words)}", "--eval_iters=1", "--eval_interval=2"]
+        if words[1] == "compare.py":
+            words += ["--max_tokens=1000"]
         done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         ran.append(words[1])
-    assert {"train.py", "sample.py", "checkpoint.py", "data/scientific/prepare.py"} <= set(ran)
+    scripts = {"train.py", "sample.py", "checkpoint.py", "merge_lora.py", "compare.py", "data/scientific/prepare.py"}
+    assert scripts <= set(ran)
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and "38,393,920 parameters" in done.stdout, done.stderr
