@@ -114,7 +114,10 @@ class CheckpointManager:
         if best and adapted:
             # A GPT-2-style model's layers are Transformers' Conv1D there, which store (in, out).
             written = adapters.adapter_files(
-                model, base=metadata["base"]["given"], task_type="CAUSAL_LM", fan_in_fan_out=True
+                model,
+                base=metadata["base"]["given"],
+                task_type="CAUSAL_LM",
+                fan_in_fan_out=model.config.block == "gpt2",
             )
             small |= {f"{ADAPTERS}/{name}": data for name, data in written.items()}
         writers = {name: _write_bytes(data) for name, data in small.items()}
@@ -326,7 +329,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
         raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
     expected = model.state_dict()
     if model.config.tie_word_embeddings:
-        _check_tied(state, source)
+        _check_tied(state, source, "transformer.wte" if model.config.block == "gpt2" else "model.embed_tokens")
     problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
     problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
     problems += [
@@ -339,7 +342,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
         raise ValueError(f"{source} does not hold the model its model_args describe: {shown}")
     model.load_state_dict(state, assign=True)
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
+        model.lm_head.weight = model.embedding.weight  # assigning has parted them
     return model
 
 
@@ -347,8 +350,8 @@ def _plain_name(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def _check_tied(state: dict[str, Tensor], source: Path) -> None:
-    wte, head = state.get("transformer.wte.weight"), state.get("lm_head.weight")
+def _check_tied(state: dict[str, Tensor], source: Path, tokens: str) -> None:
+    wte, head = state.get(f"{tokens}.weight"), state.get("lm_head.weight")
     if wte is None or head is None:
         state.update({"lm_head.weight": wte} if head is None and wte is not None else {})
     elif wte.device.type != "meta" and wte.shape == head.shape and not torch.equal(wte, head):

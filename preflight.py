@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import files
 import lora
 from checkpoint import LOG, METRICS, CheckpointManager, build_model, read_about, reshaped
-from configurator import RunConfig, merge_resumed
+from configurator import FIELDS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
 from model import GPT, PRESETS, GPTConfig
@@ -70,7 +70,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable)
     _raise_all(problems)
     base = CheckpointManager.base_reference(config.init_from, directory) if config.lora else None
-    config = replace(config, out_dir=str(directory), **asdict(architecture))
+    known = {key: value for key, value in asdict(architecture).items() if key in FIELDS}
+    config = replace(config, out_dir=str(directory), **known)
     return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
 
 
@@ -90,7 +91,8 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             f"{dataset.name} ({dataset.fingerprint[:12]}): resume needs the same tokens; --init_from={directory} with "
             "another --out_dir starts a new run from its weights"
         )
-    architecture = GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)})
+    chosen = {key: getattr(config, key) for key in FIELDS if key in GPTConfig.__dataclass_fields__}
+    architecture = GPTConfig(**{**state["model_args"], **chosen})
     trained = sum(tensor.numel() for tensor in state["model"].values())
     problems += rank_problems(config, ranks) + disk_problems(directory, trained)
     if config.base and not config.lora:
