@@ -20,7 +20,13 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
-ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # kinds of scaling, and the numbers that each needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+    "yarn": ("factor", ORIGINAL),
+    "longrope": ("short_factor", "long_factor", ORIGINAL),
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,19 @@ class GPTConfig:
             problems += [f"{name}={getattr(self, name)} is for llama blocks" for name in idle]
         elif not problems and (self.rotary < 2 or self.rotary % 2):
             problems.append(f"{self.rotary} of a head's {self.D} dimensions would turn, and they turn in pairs")
-        if self.rope_scaling is not None and self.rope_scaling.get("rope_type") not in ROPE_TYPES:
-            problems.append(f"rope_scaling={self.rope_scaling} must have a rope_type of {', '.join(ROPE_TYPES)}")
+        if self.rope_scaling is not None and not problems:
+            problems += self._problems_of_scaling(self.rope_scaling)
         if problems:
             raise ValueError("impossible model: " + "; ".join(problems))
+
+    def _problems_of_scaling(self, scaling: Mapping[str, Any]) -> list[str]:
+        kind = scaling.get("rope_type")
+        if kind not in ROPE_TYPES:
+            return [f"rope_scaling={scaling} must have a rope_type of {', '.join(ROPE_TYPES)}"]
+        problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
+        lists = {key: len(scaling[key]) for key in ("short_factor", "long_factor") if scaling.get(key)}
+        wrong = {key: length for key, length in lists.items() if length != self.rotary // 2}
+        return problems + [f"{key} has {length} numbers for {self.rotary // 2} pairs" for key, length in wrong.items()]
 
     @property
     def kv_heads(self) -> int:
@@ -113,37 +128,20 @@ def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int,
     shape = {"block_size": 131072, "vocab_size": 262208, "head_size": 256, "sliding_window": 1024, "query_scalar": 256}
     shape |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner}
     rope = {"rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    kind = {
-        "block": "llama",
-        "bias": False,
-        "activation": "gelu_tanh",
-        "norm_eps": 1e-6,
-        "global_layers": range(5, n_layer, 6),
-    }
+    kind = {"block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6}
+    kind["global_layers"] = range(5, n_layer, 6)
     flags = dict.fromkeys(("qk_norm", "scaled_embeddings", "norm_plus_one", "post_norms"), True)
     return GPTConfig(**{**shape, **rope, **kind, **flags, **changes})
 
 
 _SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
+_MODERN = {"block": "llama", "activation": "silu", "n_inner": 832, "n_kv_head": 1, "qk_norm": True}
 # The parameter count depends on context, tying and bias, so a preset fixes those too.
 PRESETS = {
     "small": GPTConfig(256, 50257, 5, 5, 320, bias=False, tie_word_embeddings=False),  # 38,393,920
     "medium": GPTConfig(1024, 50257, 12, 12, 768, bias=False),  # 124,337,664
     "large": GPTConfig(1024, 50257, 24, 16, 1024, bias=False),  # 354,551,808
-    "modern": GPTConfig(  # Llama's block at the size of small: 38,367,104
-        256,
-        50257,
-        6,
-        5,
-        320,
-        bias=False,
-        tie_word_embeddings=False,
-        block="llama",
-        activation="silu",
-        n_inner=832,
-        n_kv_head=1,
-        qk_norm=True,
-    ),
+    "modern": GPTConfig(256, 50257, 6, 5, 320, bias=False, tie_word_embeddings=False, **_MODERN),  # 38,367,104
     "gemma3-270m": gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA),
     "gemma3-1b": gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA),
     "gemma3-4b": gemma3(34, 2560, 8, 4, 10240),
@@ -272,7 +270,7 @@ def rope_frequencies(config: GPTConfig, local: bool, length: int) -> tuple[Tenso
     if local and config.rope_local_theta is not None:
         theta, scaling = config.rope_local_theta, {}
     frequencies = 1.0 / theta ** (torch.arange(0, n, 2, dtype=torch.float32) / n)
-    kind, factor, original = (scaling.get(key) for key in ("rope_type", "factor", "original_max_position_embeddings"))
+    kind, factor, original = (scaling.get(key) for key in ("rope_type", "factor", ORIGINAL))
     attention = scaling.get("attention_factor") or 1.0
     if kind == "linear":
         frequencies = frequencies / factor
@@ -542,10 +540,10 @@ class GPT(nn.Module):
         Once the context slides, every token has a new position, so cached keys would be stale: from there on each step
         reads the window anew, and the cache never changes a token.
         """
-        if idx.size(1) == 0:
-            raise ValueError("an empty prompt: generation needs at least one token")
         if attention_mask is not None:
             idx, attention_mask = pad_left(idx, attention_mask)
+        if idx.size(1) == 0:
+            raise ValueError("an empty prompt: generation needs at least one token")
         was_training, limit = self.training, self.config.block_size
         self.eval()
         try:
@@ -579,7 +577,7 @@ class GPT(nn.Module):
     def _turns_otherwise(self, cached: int, length: int) -> bool:
         """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
         scaling = self.config.rope_scaling or {}
-        return scaling.get("rope_type") == "longrope" and cached <= scaling["original_max_position_embeddings"] < length
+        return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
 
 
 def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:
@@ -589,8 +587,10 @@ def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def pad_left(idx: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of (B, T) to the left, where generation wants it; the tokens keep their order."""
-    order = attention_mask.long().argsort(dim=1, stable=True)
+    """Move the padding of (B, T) to the left, where generation wants it, and no more of it than the longest row needs;
+    the tokens keep their order."""
+    idle = idx.size(1) - int(attention_mask.sum(dim=1).max())
+    order = attention_mask.long().argsort(dim=1, stable=True)[:, idle:]
     return idx.gather(1, order), attention_mask.gather(1, order)
 
 

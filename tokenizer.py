@@ -137,6 +137,11 @@ class Tokenizer:
             unknown = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {unknown} is outside the {self.vocab_size} ids of tokenizer {self.name}") from None
 
+    def spelled(self) -> tuple[list[str], list[str]]:
+        """The tokens by id and the merges by rank, as GPT-2's files and llama.cpp's spell them."""
+        merges = [f"{_to_symbols(left)} {_to_symbols(right)}" for left, right in self._merges]
+        return [*map(_to_symbols, self._tokens), EOT], merges
+
     def _vocabulary(self) -> dict[str, int]:
         return {**{_to_symbols(token): rank for rank, token in enumerate(self._tokens)}, EOT: self.eot}
 
