@@ -8,6 +8,7 @@ warning or with none, and the model then computes something else. Here these are
 """
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import files
 import lora
+from tensors import raw_bytes, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +64,7 @@ def adapter_files(
     whether PEFT will meet layers that store (in, out); by default, whether these layers do.
     """
     parts = lora.adapters_of(model, adapter)
-    state = {path: tensor.cpu().contiguous() for path, tensor in lora.lora_state_dict(model, adapter).items()}
+    state = lora.lora_state_dict(model, adapter)
     if broken := [path for path, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(f"the adapter has numbers that are not finite, first in {broken[0]}; it is not saved")
     if fan_in_fan_out is None:
@@ -89,9 +91,11 @@ def adapter_files(
     if all(model.get_submodule(path).weight.is_floating_point() for path in parts):  # a quantised base is no base
         metadata[FINGERPRINT] = base_fingerprint(model, parts)
     tensors = {PREFIX + key: tensor for key, tensor in state.items()}
+    content = io.BytesIO()
+    write_tensors(content, tensors, metadata)
     # The tensors first: whoever finds the configuration finds what it describes.
     return {
-        WEIGHTS: _in_order(safetensors.torch.save(tensors, metadata)),
+        WEIGHTS: content.getvalue(),
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
 
@@ -101,15 +105,6 @@ def _exactly(model: nn.Module, paths: list[str]) -> list[str] | str:
     the end of another layer's path."""
     selected = {path for found in lora.matches(model, paths).values() for path in found}
     return paths if selected == set(paths) else "|".join(map(re.escape, paths))
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library orders metadata anew in every process, and one
-    adapter would have many hashes."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors
-    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -125,7 +120,7 @@ def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
         layer = model.get_submodule(path)
         weight = layer.weight.t() if hasattr(layer, "nf") else layer.weight
         digest.update(f"{path} {tuple(weight.shape)}".encode())
-        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+        digest.update(raw_bytes(weight.to(torch.bfloat16)))
     return digest.hexdigest()
 
 

@@ -1,54 +1,58 @@
-"""The model directory: its name, what lies in it, how it is saved and loaded.
+"""Saving and loading model directories; what lies in one stands in model_directory.py.
 
     python checkpoint.py list                          what is in models/
-    python checkpoint.py show | verify DIR             one model; every hash
+    python checkpoint.py show | verify DIR             one model; every hash and both files of weights
     python checkpoint.py deploy DIR DESTINATION        the best weights alone, for production
     python checkpoint.py prune                         torn and superseded runs (deletes with --yes)
 
-`ckpt.pt` holds the best weights by validation loss and is self-contained; `last/state.pt` is what a run needs to go on
-exactly. A LoRA directory has `adapters/` instead of ckpt.pt, in PEFT's format, and knows where its base lies and which
-sha256 that has. `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and
-sha256. What people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl,
-loss.png.
+`ckpt.pt` holds the best weights by validation loss and is self-contained; `model.safetensors` and what hugging_face.py
+adds are the same for Transformers; `last/state.pt` is what a run needs to go on exactly. A LoRA directory has, instead
+of weights, `adapters/` in PEFT's format, and knows where its base lies and which sha256 that has.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import adapters
+import families
 import files
+import hub
+import hugging_face
 import lora
 from model import GPT, GPTConfig
-from naming import ModelName
-
-WEIGHTS = "ckpt.pt"
-STATE = "last/state.pt"
-ADAPTERS = "adapters"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTERS}/{adapters.CONFIG}", f"{ADAPTERS}/{adapters.WEIGHTS}"
-TOKENIZER = "tokenizer.json"
-MODEL_ARGS = "model_args.json"
-CONFIG = "config.json"
-CARD = "README.md"
-LOG = "training_log.txt"
-METRICS = "metrics.jsonl"
-PLOT = "loss.png"
-DEPLOYED = (WEIGHTS, MODEL_ARGS, CONFIG, TOKENIZER)
+from model_directory import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    CARD,
+    CONFIG,
+    HF_WEIGHTS,
+    MODEL_ARGS,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    deploy,
+    is_lora,
+    list_models,
+    model_card,
+    prune,
+    read_about,
+    show,
+    status,
+)
+from weights import build_model, model_args, read_checkpoint, reshaped
 
 
 class CheckpointManager:
@@ -72,9 +76,10 @@ class CheckpointManager:
 
         `metadata` needs iter_num (int), best_val_loss (float, nats per token) and config (dict of builtins); what else
         it holds (dataset, tokenizer, best: the iteration and metrics of ckpt.pt) goes into export_meta.json. With
-        `best`, the weights become ckpt.pt. `training_state` (tensors and builtins) goes to last/state.pt with the
-        weights. `texts` are further small files by name. Raises files.SaveError when the disk refuses; what was saved
-        before is then untouched.
+        `best`, the weights become ckpt.pt and model.safetensors. `training_state` (tensors and builtins) goes to
+        last/state.pt with the weights. `texts` are further small files by name: the content of tokenizer.json decides
+        where text ends, and what Transformers should read instead of hugging_face.py's files is written instead.
+        Raises files.SaveError when the disk refuses; what was saved before is then untouched.
 
         Of a model with an adapter, the adapter alone is saved, and `metadata` needs base, what `base_reference` gave.
         """
@@ -104,22 +109,20 @@ class CheckpointManager:
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        small = {
-            MODEL_ARGS: _json(arguments),
-            CONFIG: _json(metadata["config"]),
-            **(texts or {}),
-        }
+        dtype, tokenizer = next(model.parameters()).dtype, (texts or {}).get(TOKENIZER)
+        configurations, why_not = hugging_face.configurations(model.config, dtype, metadata["config"], tokenizer)
+        about |= {"hugging_face": f"no: {why_not}"} if why_not else {}
+        small = {name: _json(content) for name, content in configurations.items()}
+        small |= {MODEL_ARGS: _json(arguments), **(texts or {})}
         if adapted:
             about["adapter_parameters"] = sum(tensor.numel() for tensor in own.values())
         if best and adapted:
-            # A GPT-2-style model's layers are Transformers' Conv1D there, which store (in, out).
-            written = adapters.adapter_files(
-                model, base=metadata["base"]["given"], task_type="CAUSAL_LM", fan_in_fan_out=True
-            )
-            small |= {f"{ADAPTERS}/{name}": data for name, data in written.items()}
+            small |= _adapter_files(model, metadata["base"]["given"])
         writers = {name: _write_bytes(data) for name, data in small.items()}
         if best and not adapted:
             writers[WEIGHTS] = lambda file: torch.save(common, file)
+        if best and not adapted and not why_not:
+            writers[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
         if training_state is not None:
             writers[STATE] = lambda file: torch.save({**common, **training_state}, file)
         files.commit(directory, writers, about)
@@ -133,7 +136,7 @@ class CheckpointManager:
         lora_config: dict[str, Any] | None = None,
         base: str | Path | None = None,
     ) -> tuple[GPT, dict[str, Any]]:
-        """The best weights of a directory, or of a nanoGPT ckpt.pt, as (model, metadata).
+        """The best weights of a directory of ours or of Hugging Face's, or of a nanoGPT ckpt.pt, as (model, metadata).
 
         metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
         With apply_lora, the model is frozen and has a new adapter to train; `lora_config` has LoRAConfig's settings in
@@ -222,7 +225,8 @@ class CheckpointManager:
 
     @staticmethod
     def verify(path: str | Path, base: str | Path | None = None) -> list[str]:
-        """Every problem of a model directory: damaged or missing files, unreadable weights. Empty when it is sound."""
+        """Every problem of a model directory: damaged or missing files, unreadable weights, others in model.safetensors
+        than in ckpt.pt. Empty when it is sound."""
         directory, _ = _locate(path)
         marker = files.read_marker(directory)
         if marker is None:
@@ -234,11 +238,15 @@ class CheckpointManager:
                     pass
             except ValueError as error:
                 problems.append(str(error))
+        twice = HF_WEIGHTS in marker["files"]
         if not problems:
             try:
-                CheckpointManager.load_model(directory, "meta", base=base)
+                model, _ = CheckpointManager.load_model(directory, "cpu" if twice else "meta", base=base)
+                problems += hugging_face.weight_problems(model, files.find(directory, HF_WEIGHTS)) if twice else []
             except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
+        if problems and files.read_marker(directory) != marker:  # a run has saved meanwhile
+            return CheckpointManager.verify(path, base)
         return problems
 
 
@@ -249,20 +257,6 @@ def bare(model: nn.Module) -> GPT:
     return model
 
 
-def model_args(config: GPTConfig) -> dict[str, Any]:
-    """nanoGPT's seven keys, and any other field only where it differs from its default: nanoGPT refuses keys it does
-    not know, so a model it can run must not carry them."""
-    first_seven = [f.name for f in fields(GPTConfig)][:7]
-    defaults = GPTConfig()
-    values = asdict(config)
-    return {k: v for k, v in values.items() if k in first_seven or v != getattr(defaults, k)}
-
-
-def is_lora(about: dict[str, Any] | None) -> bool:
-    """Whether the marker of a directory is a LoRA run's, whose weights are its base's and an adapter's."""
-    return "base" in (about or {})
-
-
 def _sha256(directory: Path, name: str) -> str:
     """Of the weights of a directory: as its marker has it, which loading them compares, or of the file."""
     marker = files.read_marker(directory)
@@ -270,8 +264,11 @@ def _sha256(directory: Path, name: str) -> str:
         raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
     if name in (marker or {"files": {}})["files"]:
         return marker["files"][name]["sha256"]
-    with open(directory / name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = []
+    for path in hub.weight_files(directory) if name in hub.WEIGHTS else [directory / name]:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _load_of_one_save(
@@ -283,6 +280,9 @@ def _load_of_one_save(
         try:
             if is_lora(marker):
                 model, checkpoint = _load_adapted(directory, marker, base, device)
+            elif name in hub.WEIGHTS:
+                model = families.load_pretrained(directory, device=device)
+                checkpoint = {"model_args": model_args(model.config)}
             else:
                 checkpoint = _load(directory, name, device)
                 model = build_model(checkpoint, directory / name)
@@ -304,74 +304,22 @@ def _load_adapted(
         with files.open_verified(directory, name) as file:
             content[name] = file.read()
     adapters.install_adapter(model, content[ADAPTER_CONFIG], content[ADAPTER_WEIGHTS], directory / ADAPTERS, untie=True)
-    said = {"model_args": json.loads(content[MODEL_ARGS]), "config": json.loads(content[CONFIG])}
     return model, {
-        **said,
+        "model_args": json.loads(content[MODEL_ARGS]),
+        "config": hugging_face.run_config(json.loads(content[CONFIG])),
         "iter_num": (about.get("best") or about)["iter_num"],
         "best_val_loss": about["best_val_loss"],
     }
 
 
-def reshaped(model: GPT, block_size: int | None = None, dropout: float | None = None) -> GPT:
-    """The same weights with another dropout and a context shortened to block_size."""
-    config = replace(model.config, dropout=model.config.dropout if dropout is None else dropout)
-    model = build_model({"model": model.state_dict(), "model_args": asdict(config)}, Path("the model"))
-    if block_size not in (None, config.block_size):
-        model.crop_block_size(block_size)
-    return model
-
-
-def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
-    """A GPT that takes over the tensors of a checkpoint, uncopied. Raises ValueError for what does not fit."""
-    arguments, weights = checkpoint["model_args"], checkpoint["model"]
-    unknown = sorted(map(str, set(arguments) - {f.name for f in fields(GPTConfig)}))
-    if unknown:
-        raise ValueError(f"{source} describes a model this version does not know: model_args has {', '.join(unknown)}")
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in weights.items()):
-        raise ValueError(f"{source} holds something other than named tensors as its model")
-    state = {_plain_name(key): tensor for key, tensor in weights.items()}
-    # nanoGPT's first versions stored each layer's causal mask as a buffer.
-    state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
-    try:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**arguments))
-    except TypeError as error:
-        raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
-    expected = model.state_dict()
-    if model.config.tie_word_embeddings:
-        _check_tied(state, source)
-    problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
-    problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} where the model has {tuple(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{source} does not hold the model its model_args describe: {shown}")
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
-    return model
-
-
-def _plain_name(key: str) -> str:
-    return key.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _check_tied(state: dict[str, Tensor], source: Path) -> None:
-    wte, head = state.get("transformer.wte.weight"), state.get("lm_head.weight")
-    if wte is None or head is None:
-        state.update({"lm_head.weight": wte} if head is None and wte is not None else {})
-    elif wte.device.type != "meta" and wte.shape == head.shape and not torch.equal(wte, head):
-        raise ValueError(f"{source} says that lm_head shares the token embedding, but its two tensors differ")
-
-
 def _locate(path: str | Path) -> tuple[Path, str]:
-    """(directory, file of weights) for a directory or a checkpoint file in it."""
+    """(directory, file of weights) for a directory or a file of weights in it. Ours and nanoGPT's have a ckpt.pt."""
     path = Path(path).expanduser()
-    directory, name = (path.parent, path.name) if path.suffix == ".pt" and not path.is_dir() else (path, WEIGHTS)
+    named = not path.is_dir() and (path.suffix == ".pt" or path.name in hub.WEIGHTS)
+    directory, name = (path.parent, path.name) if named else (path, WEIGHTS)
+    if not named and not (directory / WEIGHTS).exists() and (directory / CONFIG).exists():
+        there = (name for name in hub.WEIGHTS if (directory / name).exists())
+        name = WEIGHTS if (directory / files.MARKER).exists() else next(there, WEIGHTS)
     if path.parts[-2:] == tuple(STATE.split("/")):
         directory, name = path.parent.parent, STATE
     if not directory.is_dir():
@@ -391,208 +339,28 @@ def _load(directory: Path, name: str, device: str | torch.device) -> dict[str, A
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no {name}")
         with open(directory / name, "rb") as file:
-            return _unpickle(file, directory / name, device)
+            return read_checkpoint(file, directory / name, device)
     if name == STATE and name not in marker["files"]:
         raise FileNotFoundError(f"{directory} holds no {STATE}: it can be loaded and fine-tuned, but not resumed")
     with files.open_verified(directory, name) as file:
-        return _unpickle(file, directory / name, device)
-
-
-def _unpickle(file, path: Path, device: str | torch.device) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # torch has no common base for what a broken or hostile file raises
-        reason = (
-            "it would run code when opened, or is no checkpoint"
-            if "weights_only" in str(error).lower()
-            else "it is cut short or no checkpoint"
-        )
-        raise ValueError(f"{path} is refused: {reason} ({str(error).splitlines()[0][:120]})") from None
-    if (
-        not isinstance(checkpoint, dict)
-        or not isinstance(checkpoint.get("model"), dict)
-        or not isinstance(checkpoint.get("model_args"), dict)
-    ):
-        raise ValueError(f"{path} is no GPT checkpoint: it needs the keys model and model_args")
-    return checkpoint
+        return read_checkpoint(file, directory / name, device)
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def _adapter_files(model: GPT, base: str) -> dict[str, bytes]:
+    """The active adapter for PEFT, which looks for `base` where this run did."""
+    # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
+    transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
+    folder = Path(base).parent if Path(base).suffix == ".pt" else Path(base)
+    written = adapters.adapter_files(model, base=str(folder), task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
+
+
 def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
     return lambda file: file.write(data)
-
-
-def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
-    """The README.md of a model directory."""
-    dataset, best = about.get("dataset") or {}, about.get("best") or {}
-    synthetic = (
-        " **The text is synthetic**: generated by a grammar, for trying things out." if dataset.get("synthetic") else ""
-    )
-    if is_lora(about):
-        kind = f"An adapter (LoRA) of {about['adapter_parameters']:,} parameters for {about['base']['given']}, a GPT of"
-        file, use = f"{ADAPTERS}/", f"python merge_lora.py models/{about['name']}  # a model of its own"
-    else:
-        kind, file, use = "A GPT of", WEIGHTS, ""
-    if merge := about.get("merge"):
-        kind = f"{merge['base']['given']} and the adapter {merge['adapter']['name']} merged into one: a GPT of"
-    numbers = "".join(f"| {key.replace('_', ' ')} | {value:.4f} |\n" for key, value in best.get("metrics", {}).items())
-    return (
-        f"# {about['name']}\n\n"
-        f"{kind} {about['parameters']:,} parameters, trained with nanoforge for {about['iter_num']:,} steps on "
-        f"{dataset.get('name', 'an unnamed dataset')}.{synthetic}\n\n"
-        f"- Source: {dataset.get('source', 'unknown')}\n"
-        f"- Licence of the text: {dataset.get('licence', 'unknown')}\n"
-        f"- Architecture: {', '.join(f'{k} {v}' for k, v in arguments.items())}\n\n"
-        + (f"| {file}, iteration {best['iter_num']:,} | |\n| --- | --- |\n{numbers}\n" if numbers else "")
-        + "```python\nfrom checkpoint import CheckpointManager\n\n"
-        f'model = CheckpointManager.load_model_for_inference("models/{about["name"]}")\n```\n'
-        + (f"\n```bash\n{use}\n```\n" if use else "")
-    )
-
-
-def read_about(directory: Path) -> dict[str, Any] | None:
-    """The marker of a model directory, or None where there is none. Raises ValueError for one that says too little."""
-    marker = files.read_marker(directory)
-    missing = {"name", "parameters", "iter_num", "best_val_loss"} - set(marker or {})
-    if marker is not None and missing:
-        raise ValueError(f"{directory / files.MARKER} is damaged: it says nothing of {', '.join(sorted(missing))}")
-    return marker
-
-
-def status(directory: Path) -> str:
-    """complete, torn, foreign (a bare ckpt.pt of nanoGPT) or nothing of ours (""), judged by names and sizes."""
-    while True:
-        try:
-            marker = read_about(directory)
-        except ValueError:
-            return "torn"
-        if marker is None:
-            break
-        sizes = {name: entry["size"] for name, entry in marker["files"].items()}
-        with contextlib.suppress(FileNotFoundError):
-            if all(files.find(directory, name).stat().st_size == size for name, size in sizes.items()):
-                return "complete"
-        if files.read_marker(directory) == marker and not (directory / files.PENDING).exists():
-            return "torn"  # and not merely being written while we looked
-    if any((directory / name).exists() for name in (MODEL_ARGS, LOG)):
-        return "torn"
-    return "foreign" if (directory / WEIGHTS).is_file() else ""
-
-
-# ---- the command line
-
-
-def models_in(root: Path) -> dict[Path, str]:
-    """Model directories under `root` and their status."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
-    found = {path: status(path) for path in sorted(root.iterdir()) if path.is_dir()}
-    return {path: state for path, state in found.items() if state}
-
-
-def size_on_disk(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a save is renaming files while we look
-            total += path.stat().st_size if path.is_file() else 0
-    return total
-
-
-def list_models(root: Path) -> str:
-    rows = [("name", "parameters", "iterations", "best val loss", "on disk", "state")]
-    for path, state in models_in(root).items():
-        numbers = ("", "", "")
-        if state == "complete":
-            about = read_about(path)
-            numbers = f"{about['parameters']:,}", f"{about['iter_num']:,}", f"{about['best_val_loss']:.4f}"
-        rows.append((path.name, *numbers, f"{size_on_disk(path) / 1e6:,.0f} MB", state))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def show(directory: Path) -> str:
-    marker = files.read_marker(directory)
-    if marker is None:
-        raise ValueError(f"{directory} has no {files.MARKER}: nothing to show")
-    return json.dumps(marker, indent=2)
-
-
-def deploy(directory: Path, destination: Path) -> str:
-    """Copy the best weights and what describes them, verified, to `destination`: a model directory without its run."""
-    about = read_about(directory)
-    if about is None:
-        raise ValueError(f"{directory} is not a complete model directory")
-    if is_lora(about):
-        raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
-    there = read_about(destination) if destination.is_dir() else None
-    if there is not None and there["name"] != about["name"]:
-        raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
-    if there is None and destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
-
-    def copy(name: str) -> Callable[[files.HashedFile], None]:
-        def write(target: files.HashedFile) -> None:
-            with files.open_verified(directory, name) as source:
-                shutil.copyfileobj(source, target, 1 << 20)
-            if read_about(directory) != about:
-                raise ValueError(f"{directory} was saved anew while it was being copied: deploy it again")
-
-        return write
-
-    iteration = (about.get("best") or about)["iter_num"]
-    deployed = {key: value for key, value in about.items() if key != "files"} | {"iter_num": iteration}
-    files.commit(destination, {name: copy(name) for name in DEPLOYED if name in about["files"]}, deployed)
-    arguments = json.loads((destination / MODEL_ARGS).read_bytes())
-    files.write_atomic(destination / CARD, model_card(deployed, arguments).encode())
-    size = f"{size_on_disk(destination) / 1e6:,.0f} MB"
-    return f"{about['name']}, best at iteration {iteration:,}, is in {destination} ({size})"
-
-
-def superseded(complete: list[Path]) -> dict[Path, str]:
-    """Complete models of which a newer version is complete and no worse: v2 after v1 after none, dates by date."""
-    versions: dict[ModelName, list[tuple[list[int], Path]]] = {}
-    for path in complete:
-        with contextlib.suppress(ValueError):  # a name outside the convention has no versions
-            name = ModelName.parse(path.name)
-            order = [int(number) for number in re.findall(r"\d+", name.version)]
-            versions.setdefault(replace(name, version=""), []).append((order, path))
-    found = {}
-    for group in versions.values():
-        newest = max(group)[1]
-        loss = read_about(newest)["best_val_loss"]
-        older = (path for _, path in group if path != newest and read_about(path)["best_val_loss"] >= loss)
-        found |= {path: f"superseded by {newest.name}" for path in older}
-    return found
-
-
-def prune(root: Path, yes: bool) -> str:
-    """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
-    states = models_in(root)
-    complete = [path for path, state in states.items() if state == "complete"]
-    doomed = {path: "torn" for path, state in states.items() if state == "torn"}
-    doomed |= superseded(complete)
-    lines = []
-    for path in complete:
-        if is_lora(about := read_about(path)):
-            base = _locate(path / about["base"]["path"])[0].resolve()
-            for older in [other for other in doomed if other.resolve() == base]:
-                lines.append(f"kept {older}: it is the base of {path.name}")
-                del doomed[older]
-    for path, reason in doomed.items():
-        size = f"{size_on_disk(path) / 1e6:,.0f} MB"
-        try:
-            with files.lock(path):
-                if yes:
-                    shutil.rmtree(path)
-            lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")
-        except (ValueError, OSError) as error:
-            lines.append(f"kept {path}: {error}")
-    return "\n".join(lines + ([] if yes or not lines else ["nothing was deleted; --yes deletes"])) or "nothing to prune"
 
 
 def main() -> int:

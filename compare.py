@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 import files
 import lora
-from checkpoint import CheckpointManager, is_lora, read_about
+from checkpoint import CheckpointManager
 from data.batches import sequences
 from data.tokens import Dataset, dataset_problems
 from device import DTYPES, keep_freed_memory, pick_device
 from distributed import Ranks
 from model import GPT
+from model_directory import is_lora, read_about
 from preflight import find_dataset
 from sample import find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer

@@ -169,7 +169,7 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The preset with this configuration's overrides; vocab_size counts where none was given."""
         names = {f.name for f in fields(GPTConfig)}
-        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        chosen = {name: getattr(self, name) for name in names & FIELDS.keys() if getattr(self, name) is not None}
         return GPTConfig(**{**vars(PRESETS[self.preset]), "vocab_size": vocab_size, **chosen})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import files
-from checkpoint import LOG, METRICS
+from model_directory import LOG, METRICS
 
 
 class Logbook:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import files
 import lora
-from checkpoint import ADAPTER_WEIGHTS, TOKENIZER, CheckpointManager, is_lora, read_about, status
+from checkpoint import CheckpointManager
 from data.batches import fixed_batches, sequences
 from data.tokens import dataset_problems
 from device import DTYPES
 from distributed import Ranks
 from model import GPT, GPTConfig
+from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, status
 from naming import ModelName, size_label
 from preflight import ROOT, dataset_directory, find_dataset, foreign_files
 from tokenizer import Tokenizer
@@ -117,10 +118,10 @@ def real_text(
     """Inputs and targets (B, T) of validation text, or of the README where the run's dataset is not here; and whose."""
     if data or (run_dataset and (dataset_directory(run_dataset) / "val.bin").exists()):
         dataset = find_dataset(data or run_dataset, Ranks(), tokenizer)
-        problems = dataset_problems(dataset.directory, config.block_size, config.vocab_size)
+        length = min(config.block_size, LENGTH, len(dataset.val) - 1)
+        problems = dataset_problems(dataset.directory, max(1, length), config.vocab_size)
         if problems:
             raise ValueError("\n".join(problems))
-        length = min(config.block_size, LENGTH)
         starts = fixed_batches(dataset.val, length, SEQUENCES, SEQUENCES)[0]
         return *sequences(dataset.val, starts, length), dataset.name
     if tokenizer is None:

@@ -1,20 +1,32 @@
-"""A GPT in plain PyTorch: `GPTConfig` describes it, `GPT` computes it, `PRESETS` names three of them.
+"""GPTs in plain PyTorch: `GPTConfig` describes one, `GPT` computes it, `PRESETS` names some.
 
-The shapes and parameter names are GPT-2's (Radford et al. 2019) as nanoGPT spells them, so that a nanoGPT `ckpt.pt`
-loads as it is and ours opens there. Letters used for tensor sizes throughout this file:
+Two kinds of block, each with the parameter names of its field, share one attention routine. "gpt2" is GPT-2's (Radford
+et al. 2019) as nanoGPT spells it: a nanoGPT `ckpt.pt` loads as it is, and ours opens there. "llama" is Llama's (Touvron
+et al. 2023) and that of its relatives; what sets these apart is a field of the configuration, never a model's name.
+Letters for tensor sizes throughout this file:
 
-    B batch, T time (tokens), S time including what a cache holds, C width (n_embd), H heads, D head size, V vocabulary
+    B batch, T time (tokens), S time including what a cache holds, C width (n_embd), V vocabulary
+    H query heads, K key and value heads, D head size
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # kinds of scaling, and the numbers that each needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+    "yarn": ("factor", ORIGINAL),
+    "longrope": ("short_factor", "long_factor", ORIGINAL),
+}
 
 
 @dataclass(frozen=True)
@@ -30,118 +42,353 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # probability, on attention weights, residual branches and embeddings
-    bias: bool = True  # in linear layers and layer norms
+    bias: bool = True  # in linear layers, and in layer norms
     tie_word_embeddings: bool = True  # lm_head shares the token embedding's matrix
+    block: str = "gpt2"  # layer norms, learned positions, plain MLP; or "llama": RMS norms, RoPE, gated MLP
+    activation: str = "gelu"  # exact, "gelu_tanh" or "silu"
+    norm_eps: float = 1e-5
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    # from here on for llama blocks only
+    n_kv_head: int | None = None  # each serves n_head / n_kv_head query heads (Ainslie et al. 2023); None: n_head
+    head_size: int | None = None  # None: n_embd / n_head
+    qkv_bias: bool = False  # biases for queries, keys and values where `bias` gives none (Qwen 2)
+    qk_norm: bool = False  # RMS norm of every query and key (Qwen 3, Gemma 3)
+    rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths (Su et al. 2021)
+    rope_local_theta: float | None = None  # of layers with a window, which then are not scaled (Gemma 3)
+    rope_scaling: Mapping[str, Any] | None = None  # rope_type, and its numbers as Transformers calls them
+    rotary_share: float = 1.0  # of a head's dimensions, the first ones, turn (Phi)
+    sliding_window: int | None = None  # tokens that a query sees, its own included
+    global_layers: tuple[int, ...] = ()  # layers without the window, from 0
+    query_scalar: float | None = None  # scores are divided by its square root; None: head size
+    attention_softcap: float | None = None  # scores become softcap * tanh(scores / softcap) (Gemma 2)
+    logit_softcap: float | None = None  # the same for logits
+    scaled_embeddings: bool = False  # token embeddings times sqrt(n_embd) (Gemma)
+    norm_plus_one: bool = False  # RMS norms multiply by 1 + weight (Gemma)
+    post_norms: bool = False  # a norm behind each branch too (Gemma 2 and 3)
 
     def __post_init__(self):
+        object.__setattr__(self, "global_layers", tuple(self.global_layers))  # JSON knows lists only
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        problems = [f"{name}={getattr(self, name)} must be at least 1" for name in sizes if getattr(self, name) < 1]
-        if not problems and self.n_embd % self.n_head:
+        optional = ("n_inner", "n_kv_head", "head_size", "sliding_window")
+        given = {name: value for name in (*sizes, *optional) if (value := getattr(self, name)) is not None}
+        problems = [f"{name}={value} must be at least 1" for name, value in given.items() if value < 1]
+        if not problems and self.head_size is None and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        elif not problems and self.n_head % self.kv_heads:
+            problems.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.activation not in ACTIVATIONS:
+            problems.append(f"activation={self.activation} must be one of {', '.join(ACTIVATIONS)}")
+        if self.block not in ("gpt2", "llama"):
+            problems.append(f"block={self.block} must be gpt2 or llama")
+        if self.block == "gpt2":
+            fields, plain = list(vars(self)), GPTConfig.__dataclass_fields__
+            idle = [name for name in fields[fields.index("n_kv_head") :] if getattr(self, name) != plain[name].default]
+            problems += [f"{name}={getattr(self, name)} is for llama blocks" for name in idle]
+        elif not problems and (self.rotary < 2 or self.rotary % 2):
+            problems.append(f"{self.rotary} of a head's {self.D} dimensions would turn, and they turn in pairs")
+        if self.rope_scaling is not None and not problems:
+            problems += self._problems_of_scaling(self.rope_scaling)
         if problems:
             raise ValueError("impossible model: " + "; ".join(problems))
 
+    def _problems_of_scaling(self, scaling: Mapping[str, Any]) -> list[str]:
+        kind = scaling.get("rope_type")
+        if kind not in ROPE_TYPES:
+            return [f"rope_scaling={scaling} must have a rope_type of {', '.join(ROPE_TYPES)}"]
+        problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
+        lists = {key: len(scaling[key]) for key in ("short_factor", "long_factor") if scaling.get(key)}
+        wrong = {key: length for key, length in lists.items() if length != self.rotary // 2}
+        return problems + [f"{key} has {length} numbers for {self.rotary // 2} pairs" for key, length in wrong.items()]
 
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def D(self) -> int:
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def rotary(self) -> int:
+        """Dimensions of a head that turn."""
+        return int(self.D * self.rotary_share)
+
+    @property
+    def inner(self) -> int:
+        return self.n_inner or 4 * self.n_embd
+
+    def is_local(self, layer: int) -> bool:
+        return self.sliding_window is not None and layer not in self.global_layers
+
+
+def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
+    """Gemma 3's text models (arXiv 2503.19786), as they are published."""
+    shape = {"block_size": 131072, "vocab_size": 262208, "head_size": 256, "sliding_window": 1024, "query_scalar": 256}
+    shape |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner}
+    rope = {"rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    kind = {"block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6}
+    kind["global_layers"] = range(5, n_layer, 6)
+    flags = dict.fromkeys(("qk_norm", "scaled_embeddings", "norm_plus_one", "post_norms"), True)
+    return GPTConfig(**{**shape, **rope, **kind, **flags, **changes})
+
+
+_SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
+_MODERN = {"block": "llama", "activation": "silu", "n_inner": 832, "n_kv_head": 1, "qk_norm": True}
 # The parameter count depends on context, tying and bias, so a preset fixes those too.
 PRESETS = {
     "small": GPTConfig(256, 50257, 5, 5, 320, bias=False, tie_word_embeddings=False),  # 38,393,920
     "medium": GPTConfig(1024, 50257, 12, 12, 768, bias=False),  # 124,337,664
     "large": GPTConfig(1024, 50257, 24, 16, 1024, bias=False),  # 354,551,808
+    "modern": GPTConfig(256, 50257, 6, 5, 320, bias=False, tie_word_embeddings=False, **_MODERN),  # 38,367,104
+    "gemma3-270m": gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA),
+    "gemma3-1b": gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA),
+    "gemma3-4b": gemma3(34, 2560, 8, 4, 10240),
+    "gemma3-12b": gemma3(48, 3840, 16, 8, 15360),
+    "gemma3-27b": gemma3(62, 5376, 32, 16, 21504, head_size=128, query_scalar=168),
 }
 
 
 class KVCache:
-    """Keys and values of the tokens a model has seen, allocated once for its whole context."""
+    """Keys and values of the tokens a model has seen, allocated once for `length` of them."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, length: int = 0):
+        shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.D)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; GPT.forward advances it after the last layer
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put (B, H, T, D) behind what `layer` holds and return all of it, (B, H, S, D)."""
+        """Put (B, K, T, D) behind what `layer` holds and return all of it, (B, K, S, D)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+@dataclass
+class Pass:
+    """What all layers share in one forward pass. Masks and rotations are by whether a layer has the window."""
+
+    cache: KVCache | None
+    masks: dict[bool, Tensor | None]  # (1 or B, 1, T, S), true where a query sees a key; None: plain causal
+    rotations: dict[bool, tuple[Tensor, Tensor]]  # cos and sin, (1 or B, 1, T, rotary)
+    attentions: list[Tensor] | None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, config: GPTConfig, layer: int, now: Pass, dropout: float) -> Tensor:
+    """Queries (B, H, T, D), new keys and values (B, K, T, D) to (B, T, H * D)."""
+    if now.cache is not None:
+        k, v = now.cache.extend(layer, k, v)
+    mask, scale = now.masks[config.is_local(layer)], (config.query_scalar or config.D) ** -0.5
+    T, S = q.size(2), k.size(2)
+    if now.attentions is None and config.attention_softcap is None:
+        # is_causal aligns the mask with the first key, which is right only where nothing was cached.
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=k.size(1) != q.size(1)
+        )
+    else:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
+        if config.attention_softcap:
+            scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
+        seen = mask if mask is not None else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        if now.attentions is not None:
+            now.attentions.append(weights)
+        y = F.dropout(weights, dropout) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
+# ---- GPT-2's block
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.config, self.layer = config, layer
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        mask = None
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            S = k.size(2)
-            # is_causal aligns the mask with the first key; behind a filled cache the first query is token S - T. One
-            # query sees every key and needs no mask at all.
-            if 1 < T < S:
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = attend(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        # nanoGPT's exact GELU. GPT-2's own weights were trained with the tanh approximation.
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        x = x + self.attn(self.ln_1(x), now)
         return x + self.mlp(self.ln_2(x))
+
+
+# ---- Llama's block
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019 (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size) if config.norm_plus_one else torch.ones(size))
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plus_one:
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
+
+
+def rope_frequencies(config: GPTConfig, local: bool, length: int) -> tuple[Tensor, float]:
+    """Radians a token for each pair of turning dimensions, (rotary / 2,), and what cos and sin are multiplied by.
+
+    `length` is that of the whole context: LongRoPE has other numbers for contexts beyond the original one.
+    """
+    theta, scaling, n = config.rope_theta, config.rope_scaling or {}, config.rotary
+    if local and config.rope_local_theta is not None:
+        theta, scaling = config.rope_local_theta, {}
+    frequencies = 1.0 / theta ** (torch.arange(0, n, 2, dtype=torch.float32) / n)
+    kind, factor, original = (scaling.get(key) for key in ("rope_type", "factor", ORIGINAL))
+    attention = scaling.get("attention_factor") or 1.0
+    if kind == "linear":
+        frequencies = frequencies / factor
+    elif kind == "llama3":  # long wavelengths are stretched, short ones kept, those between blended
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * frequencies / (2 * math.pi)  # in the original context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    elif kind == "yarn":  # Peng et al. 2023, section 3.2: the same by dimension
+
+        def dimension(rotations: float) -> float:
+            return n * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, n - 1)
+        stretched = ((torch.arange(n // 2) - low) / ((high - low) or 0.001)).clamp(0, 1)
+        frequencies = frequencies * (1 - stretched + stretched / factor)
+    elif kind == "longrope":  # Ding et al. 2024
+        frequencies = frequencies / torch.tensor(scaling["long_factor" if length > original else "short_factor"])
+    return frequencies, attention
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first dimensions of (B, H, T, D); dimension i is paired with i + rotary / 2."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    turning, still = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], dim=-1)
+    left, right = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-right, left], dim=-1) * sin, still], dim=-1)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        H, K, D, bias = config.n_head, config.kv_heads, config.D, config.bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.n_embd, H * D, bias=bias)
+        self.k_proj = nn.Linear(config.n_embd, K * D, bias=bias)
+        self.v_proj = nn.Linear(config.n_embd, K * D, bias=bias)
+        self.o_proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config), RMSNorm(D, config)
+        self.config, self.layer = config, layer
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        heads = (*x.shape[:2], -1, self.config.D)
+        q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotation = now.rotations[self.config.is_local(self.layer)]
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.o_proj(attend(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0))
+
+
+class GatedMLP(nn.Module):
+    """Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.inner, bias=config.bias)
+        self.up_proj = nn.Linear(config.n_embd, config.inner, bias=config.bias)
+        self.down_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.n_embd, config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config)
+        if config.post_norms:  # Gemma's names: then the one above is behind the attention, not before the MLP
+            self.pre_feedforward_layernorm = RMSNorm(config.n_embd, config)
+            self.post_feedforward_layernorm = RMSNorm(config.n_embd, config)
+        self.post_norms, self.dropout = config.post_norms, nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), now)
+        if self.post_norms:
+            x = x + self.dropout(self.post_attention_layernorm(y))
+            return x + self.dropout(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+# ---- the model
 
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.block == "gpt2":
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": tokens,
+                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "drop": nn.Dropout(config.dropout),
+                    "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                    "ln_f": nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+                }
+            )
+        else:
+            self.model = nn.ModuleDict(
+                {
+                    "embed_tokens": tokens,
+                    "layers": nn.ModuleList(LlamaBlock(config, layer) for layer in range(config.n_layer)),
+                    "norm": RMSNorm(config.n_embd, config),
+                }
+            )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = tokens.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,52 +397,120 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        # Each block adds two branches to the residual stream: 2 * n_layer terms keep the variance of one. `apply`
+        # visits children first, so this narrows what the lines above have just drawn.
+        ends = ()
         if isinstance(module, Block):
-            # Each block adds two branches to the residual stream: 2 * n_layer terms keep the variance of one. `apply`
-            # visits children first, so this narrows what the lines above have just drawn.
-            for branch in (module.attn, module.mlp):
-                nn.init.normal_(branch.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            ends = module.attn.c_proj, module.mlp.c_proj
+        elif isinstance(module, LlamaBlock):
+            ends = module.self_attn.o_proj, module.mlp.down_proj
+        for layer in ends:
+            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Of the tokens."""
+        return self.transformer.wte if self.config.block == "gpt2" else self.model.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h if self.config.block == "gpt2" else self.model.layers
 
     def num_params(self) -> int:
         """Every parameter once, position embeddings included: the count in a model directory's name."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) to (logits, loss).
 
         With targets (B, T), logits are (B, T, V) and loss is the mean cross-entropy in nats per token over targets
-        other than -1. Without, only the last position is projected: logits are (B, 1, V) and loss is None. With a
-        cache, idx holds the tokens that follow those the cache has seen.
+        other than -1. Without, only the last position is projected, of each row the last one that is no padding:
+        logits are (B, 1, V) and loss is None. With a cache, idx holds the tokens that follow those the cache has seen.
+
+        `attention_mask` (B, S), over the cached tokens too, is 0 for padding on either side, which is then not seen and
+        has no position. To `hidden_states` are appended the embeddings and every block's output, (B, T, C), the last
+        one after the final norm; to `attentions` every layer's weights, (B, H, T, S).
 
         Raises ValueError when the context would be longer than block_size.
         """
         seen = cache.length if cache is not None else 0
-        T = idx.size(1)
-        if seen + T > self.config.block_size:
-            raise ValueError(f"a context of {seen + T} tokens is longer than block_size={self.config.block_size}")
-        positions = torch.arange(seen, seen + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
-        x = self.transformer.ln_f(x)
+        T, S = idx.size(1), seen + idx.size(1)
+        if self.config.block_size < S:
+            raise ValueError(f"a context of {S} tokens is longer than block_size={self.config.block_size}")
+        if attention_mask is None:
+            positions = torch.arange(seen, S, device=idx.device)[None]  # (1, T)
+        else:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]  # (B, T)
+        now = Pass(cache, self._masks(seen, T, attention_mask), self._rotations(positions), attentions)
+        x = self._embed(idx, positions)  # (B, T, C)
+        for block in self.blocks:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = block(x, now)
+        x = self.transformer.ln_f(x) if self.config.block == "gpt2" else self.model.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self._project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
+        logits = self._project(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
         return logits, loss
+
+    def _embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(idx)
+        if self.config.block == "gpt2":
+            return self.transformer.drop(x + self.transformer.wpe(positions))
+        return x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype) if self.config.scaled_embeddings else x
+
+    def _project(self, x: Tensor) -> Tensor:
+        logits, cap = self.lm_head(x), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _masks(self, seen: int, T: int, attention_mask: Tensor | None) -> dict[bool, Tensor | None]:
+        S, window = seen + T, self.config.sliding_window
+        masks: dict[bool, Tensor | None] = {False: None, True: None}
+        for local in masks:
+            narrow = local and window is not None and window < S
+            # Causal from the first key on, or one query that sees all: attention knows both without a mask.
+            if narrow or attention_mask is not None or (seen and T > 1):
+                device = self.lm_head.weight.device
+                distance = torch.arange(seen, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
+                mask = (distance >= 0) & (distance < window) if narrow else distance >= 0
+                if attention_mask is not None:
+                    # Padding sees itself, for a softmax over nothing is not a number.
+                    mask = (mask & attention_mask.bool()[:, None]) | (distance == 0)
+                masks[local] = mask[None, None] if mask.dim() == 2 else mask[:, None]
+        return masks
+
+    def _rotations(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        if self.config.block == "gpt2":
+            return {}
+        rotations = {}
+        longest = int(positions.max()) + 1 if (self.config.rope_scaling or {}).get("rope_type") == "longrope" else 0
+        for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
+            frequencies, factor = rope_frequencies(self.config, local, longest)
+            angles = positions[:, None, :, None] * frequencies.to(positions.device).repeat(2)  # (1 or B, 1, T, rotary)
+            rotations[local] = angles.cos() * factor, angles.sin() * factor
+        return rotations
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, keeping the first position embeddings. Raises ValueError for a longer one."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} must lie between 1 and the model's {self.config.block_size}")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].clone(), freeze=False
-        )
+        if self.config.block == "gpt2":
+            weight = self.transformer.wpe.weight[:block_size].clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
         """The prompt (B, T) with up to max_new_tokens more, (B, T + n). Keyword arguments are those of `stream`.
@@ -216,28 +531,36 @@ class GPT(nn.Module):
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
+        attention_mask: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield one token (B,) at a time after the prompt (B, T); temperature 0 is greedy.
 
         Ids from `vocab_size` on are never drawn: a model may have more rows than its tokenizer has tokens.
-        Only the last block_size tokens are seen. Once the context slides, every token has a new position, so cached
-        keys would be stale: from there on each step reads the window anew, and the cache never changes a token.
+        `attention_mask` (B, T) is 0 where a prompt is padded, on either side. Only the last block_size tokens are seen.
+        Once the context slides, every token has a new position, so cached keys would be stale: from there on each step
+        reads the window anew, and the cache never changes a token.
         """
+        if attention_mask is not None:
+            idx, attention_mask = pad_left(idx, attention_mask)
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: generation needs at least one token")
-        was_training = self.training
+        was_training, limit = self.training, self.config.block_size
         self.eval()
         try:
-            weight = self.transformer.wte.weight
-            cache = KVCache(self.config, idx.size(0), weight.device, weight.dtype) if use_cache else None
-            stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+            B, weight = idx.size(0), self.lm_head.weight
+            room = min(limit, idx.size(1) + max_new_tokens)
+            cache = KVCache(self.config, B, weight.device, weight.dtype, room) if use_cache else None
+            stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
             stops = torch.tensor(list(stop_tokens), dtype=idx.dtype, device=idx.device)
             for step in range(max_new_tokens):
-                idx = idx[:, -self.config.block_size :]
-                if cache is not None and cache.length == self.config.block_size:
+                idx = idx[:, -limit:]
+                attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
+                if cache is not None and cache.length == limit:
                     cache = None
+                if cache is not None and self._turns_otherwise(cache.length, idx.size(1)):
+                    cache.length = 0
                 unseen = idx if cache is None else idx[:, cache.length :]
-                logits, _ = self(unseen, cache=cache)
+                logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
                 token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
                 if step:
                     token = torch.where(stopped, idx[:, -1], token)
@@ -246,8 +569,29 @@ class GPT(nn.Module):
                 if stopped.all():
                     return
                 idx = torch.cat([idx, token[:, None]], dim=1)
+                if attention_mask is not None:
+                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
         finally:
             self.train(was_training)
+
+    def _turns_otherwise(self, cached: int, length: int) -> bool:
+        """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
+        scaling = self.config.rope_scaling or {}
+        return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
+
+
+def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:
+    """Of each row of (B, T, C) the last position that is no padding, (B, 1, C)."""
+    last = (attention_mask.long() * torch.arange(1, x.size(1) + 1, device=x.device)).argmax(dim=1)
+    return x[torch.arange(x.size(0), device=x.device), last][:, None]
+
+
+def pad_left(idx: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of (B, T) to the left, where generation wants it, and no more of it than the longest row needs;
+    the tokens keep their order."""
+    idle = idx.size(1) - int(attention_mask.sum(dim=1).max())
+    order = attention_mask.long().argsort(dim=1, stable=True)[:, idle:]
+    return idx.gather(1, order), attention_mask.gather(1, order)
 
 
 def sample(

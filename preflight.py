@@ -6,23 +6,28 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import families
 import files
+import hub
 import lora
-from checkpoint import LOG, METRICS, CheckpointManager, build_model, read_about, reshaped
-from configurator import RunConfig, merge_resumed
+from checkpoint import CheckpointManager
+from configurator import FIELDS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
 from model import GPT, PRESETS, GPTConfig
+from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from tokenizer import Tokenizer
+from weights import build_model, reshaped
 
 ROOT = Path(__file__).resolve().parent
+LONGEST_UNASKED = 1024  # tokens of a training sequence where a model could read more
 
 
 @dataclass
@@ -49,6 +54,9 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         return _resume(config, given, ranks)
     _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
     model = stored = base = None
+    path = Path(config.init_from).expanduser()
+    if len(path.parts) == 2 and not path.exists() and not path.parent.is_dir():
+        config = replace(config, init_from=str(hub.find(config.init_from)))  # a hub id in Hugging Face's cache
     if config.lora:
         expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
     if config.init_from != "scratch":
@@ -62,20 +70,26 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         notes.append(
             f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"
         )
-    problems += dataset_problems(dataset.directory, architecture.block_size, architecture.vocab_size)
+    length, misfit = sequence_length(config, architecture)
+    problems += misfit + dataset_problems(dataset.directory, length, architecture.vocab_size)
+    try:
+        families.hf_config(architecture)
+    except ValueError as error:
+        notes.append(f"Transformers will not open this model: {error}")
     torch.manual_seed(config.seed)
     try:
         notes += adapt(model, config) if config.lora else []
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
     trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
-    problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable)
+    problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable, config.lora)
     _raise_all(problems)
     if config.lora:
         base = CheckpointManager.base_reference(config.init_from, directory)
         if base["sha256"] != expected:
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
-    config = replace(config, out_dir=str(directory), **asdict(architecture))
+    known = {key: value for key, value in asdict(architecture).items() if key in FIELDS}
+    config = replace(config, out_dir=str(directory), **{**known, "block_size": length})
     return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
 
 
@@ -97,9 +111,9 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             f"{dataset.name} ({dataset.fingerprint[:12]}): resume needs the same tokens; --init_from={directory} with "
             "another --out_dir starts a new run from its weights"
         )
-    architecture = GPTConfig(**{f.name: getattr(config, f.name) for f in fields(GPTConfig)})
+    architecture = GPTConfig(**{**state["model_args"], "dropout": config.dropout})
     trained = sum(tensor.numel() for tensor in state["model"].values())
-    problems += rank_problems(config, ranks) + disk_problems(directory, trained)
+    problems += rank_problems(config, ranks) + disk_problems(directory, trained, config.lora)
     if config.base and not config.lora:
         problems.append(f"base={config.base}, but {directory} is no LoRA run")
     _raise_all(problems)
@@ -122,7 +136,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
 def adapt(model: GPT, config: RunConfig) -> list[str]:
     """Give the model its adapters, and say what matched. Raises ValueError if something named does not."""
     report = lora.apply_lora(model, config.lora_config(), untie=config.lora_untie)
-    counts = Counter(re.sub(r".*\bh\.\d+\.", "", path) for path in report.matched)
+    counts = Counter(re.sub(r".*\b(h|layers)\.\d+\.", "", path) for path in report.matched)
     layers = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
     share = f"{report.trainable:,} of {report.total:,} parameters train"
     return [f"LoRA rank {config.lora_rank} on {len(report.matched)} layers ({layers}): {share}"]
@@ -198,7 +212,17 @@ def base_model(config: RunConfig, given: dict[str, str]) -> GPT:
     ):
         problems.append(f"preset={config.preset} ({given['preset']}) is another architecture than {source} has")
     _raise_all(problems)
-    return reshaped(model, config.block_size, config.dropout)
+    return reshaped(model, config.block_size if model.config.block == "gpt2" else None, config.dropout)
+
+
+def sequence_length(config: RunConfig, architecture: GPTConfig) -> tuple[int, list[str]]:
+    """Tokens in a training sequence, and what is wrong with it. Learned positions are cut to it; a Llama block's
+    context stays what it was, and is longer than anybody trains on unless they say so."""
+    if architecture.block == "gpt2" or config.init_from == "scratch":
+        return architecture.block_size, []
+    length, context = config.block_size or min(architecture.block_size, LONGEST_UNASKED), architecture.block_size
+    fits, limit = 1 <= length <= context, f"{context}, the context of {config.init_from}"
+    return length, [] if fits else [f"block_size={length} must lie between 1 and {limit}"]
 
 
 def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
@@ -272,10 +296,10 @@ def check_unchanged(start: Start) -> None:
         raise ValueError(f"another run has just saved to {start.directory}: start again to go on from there")
 
 
-def disk_problems(directory: Path, trained: int) -> list[str]:
-    """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written.
-    `trained` is how many parameters have these."""
+def disk_problems(directory: Path, trained: int, adapters: bool = False) -> list[str]:
+    """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written; the
+    best of a whole model in two formats. `trained` is how many parameters have these."""
     there = next(p for p in (directory.resolve(), *directory.resolve().parents) if p.is_dir())
     copies = 1 if (there / files.MARKER).exists() else 2  # where a run goes on, the old ones are on the disk already
-    needed, free = copies * 4 * 4 * trained, shutil.disk_usage(there).free
+    needed, free = copies * 4 * (4 if adapters else 5) * trained, shutil.disk_usage(there).free
     return [f"{there} has {free / 1e6:,.0f} MB free, and saving needs {needed / 1e6:,.0f} MB"] if free < needed else []

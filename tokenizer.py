@@ -5,7 +5,8 @@ GPT-2's layout is the 256 single bytes in GPT-2's order, then one token per merg
 
 The file is Hugging Face's `tokenizer.json`; the encoding is tiktoken's, many times faster. The two define BPE
 differently, see `_buildable_merges` for why they cannot disagree here. Other people's tokenizers (another split
-pattern, a normalizer, more special tokens) are refused: tiktoken would give ids that their model never saw.
+pattern, a normalizer, more special tokens) are encoded by the library that defines the format, `ForeignTokenizer`:
+tiktoken would give ids that their model never saw.
 """
 
 import base64
@@ -136,6 +137,11 @@ class Tokenizer:
             unknown = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {unknown} is outside the {self.vocab_size} ids of tokenizer {self.name}") from None
 
+    def spelled(self) -> tuple[list[str], list[str]]:
+        """The tokens by id and the merges by rank, as GPT-2's files and llama.cpp's spell them."""
+        merges = [f"{_to_symbols(left)} {_to_symbols(right)}" for left, right in self._merges]
+        return [*map(_to_symbols, self._tokens), EOT], merges
+
     def _vocabulary(self) -> dict[str, int]:
         return {**{_to_symbols(token): rank for rank, token in enumerate(self._tokens)}, EOT: self.eot}
 
@@ -162,12 +168,12 @@ class Tokenizer:
             temporary.unlink(missing_ok=True)
             raise
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+    @staticmethod
+    def load(path: str | os.PathLike) -> "Tokenizer":
         """Read a tokenizer.json written here, by `tokenizers` or by Transformers.
 
-        FileNotFoundError when there is none; ValueError when it is truncated or no byte-level BPE in GPT-2's layout.
-        A file without our name in it, such as one saved by Transformers, becomes "gpt2" or "bpe-<fingerprint>".
+        FileNotFoundError when there is none; ValueError when it is truncated, or a kind that cannot be decoded byte by
+        byte. A file without our name in it becomes "gpt2", "bpe-<fingerprint>" or what its folder is called.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -179,8 +185,106 @@ class Tokenizer:
             return _from_json(content)
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{path} is JSON, but not a tokenizer.json") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not a byte-level BPE in GPT-2's layout: {error}") from error
+        except ValueError as reason:  # it is not in GPT-2's layout
+            try:
+                return ForeignTokenizer(content, Path(path))
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be used: {error} (and it is not GPT-2's: {reason})") from error
+
+
+class ForeignTokenizer(Tokenizer):
+    """Another model's tokenizer.json, encoded by Hugging Face's `tokenizers`.
+
+    A text begins with what the tokenizer puts before every text, such as Gemma's and Llama's `<bos>`. Its `eot` is the
+    end-of-sequence token: the one our own copies of the file name, else that of the tokenizer_config.json or the
+    config.json beside it.
+    """
+
+    def __init__(self, content: dict[str, Any], path: Path):
+        self._content = content
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library has one exception for everything
+            raise ValueError(str(error)) from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps(content.get("decoder"))))
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise ValueError(f"its decoder ({', '.join(sorted(kinds)) or 'none'}) says nothing about bytes")
+        self._byte_level = "ByteLevel" in kinds
+        self._strips = bool(kinds & {"Strip", "Metaspace"})  # the blank that it puts before a text's first word
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        self._added = {token["id"]: token["content"].encode() for token in content["added_tokens"]}
+        model = content["model"]
+        eot = model.get("eot") or _eot_beside(path, vocabulary)
+        if eot not in vocabulary:
+            raise ValueError(f"nothing beside it says which token ends a text: eos_token is {eot!r}")
+        self.eot, self._eot_token = vocabulary[eot], eot
+        self.name = model.get("name") or path.resolve().parent.name or f"tokenizer-{self.fingerprint[:8]}"
+        whole, bare = (self._library.encode("x", add_special_tokens=special).ids for special in (True, False))
+        if whole[len(whole) - len(bare) :] != bare:
+            raise ValueError("it puts tokens behind every text, as an encoder's does")
+        self._prefix = np.array(whole[: len(whole) - len(bare)], dtype=np.uint32)
+        self._library.encode_special_tokens = True  # despite its name: takes "</s>" in a text as plain text
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the file without what we add to it, and of `eot`."""
+        model = {key: value for key, value in self._content["model"].items() if key not in ("name", "eot")}
+        content = json.dumps([self._content | {"model": model}, self.eot], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> list[np.ndarray]:
+        """As Tokenizer.encode_batch; the library decides about threads."""
+        valid = [_LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text) for text in texts]
+        encoded = self._library.encode_batch_fast(valid, add_special_tokens=False)
+        return [np.concatenate([self._prefix, np.array(e.ids, dtype=np.uint32)]) for e in encoded]
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of `ids`, special tokens left out. ValueError for an unknown id."""
+        pieces = b"".join(map(self._bytes, ids))
+        opens_text = self._strips and (not len(self._prefix) or list(ids[:1]) == self._prefix[:1].tolist())
+        return pieces.removeprefix(b" ") if opens_text else pieces
+
+    def _bytes(self, i: int) -> bytes:
+        if i in self._added:
+            return b"" if i in self._special else self._added[i]
+        token = self._library.id_to_token(int(i)) if 0 <= i < self.vocab_size else None
+        if token is None:
+            raise ValueError(f"id {i} is outside the {self.vocab_size} ids of tokenizer {self.name}")
+        if self._byte_level:
+            return _to_bytes(token)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+    def to_json(self) -> str:
+        model = {"type": self._content["model"].get("type"), "name": self.name, "eot": self._eot_token}
+        content = self._content | {"model": model | self._content["model"]}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def _eot_beside(path: Path, vocabulary: dict[str, int]) -> str | None:
+    """The end-of-sequence token that the files beside a tokenizer.json name."""
+    names = {i: token for token, i in vocabulary.items()}
+    for file, key in (
+        ("tokenizer_config.json", "eos_token"),
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+    ):
+        try:
+            value = json.loads(path.with_name(file).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        value = value["content"] if isinstance(value, dict) else value
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None:
+            return names.get(value) if isinstance(value, int) else value
+    return None
 
 
 def gpt2(ranks: str | os.PathLike | None = None, download: bool = True) -> Tokenizer:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 import configurator
 import files
-from checkpoint import PLOT, TOKENIZER, CheckpointManager
+from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from distributed import Ranks
 from logbook import Logbook, duration, plot_loss, read_metrics
+from model_directory import PLOT, TOKENIZER
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 
@@ -96,7 +97,7 @@ class Trainer:
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
         self.raw_model = start.model.to(device)
-        self.block_size = start.model.config.block_size
+        self.block_size = config.block_size
         self.micro_steps = config.micro_batches // ranks.size
         self.samples_per_step = config.batch_size * config.micro_batches
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
@@ -210,7 +211,7 @@ class Trainer:
     # ---- state
 
     def save(self, best: bool) -> None:
-        """Write the directory: always last/state.pt; with `best`, ckpt.pt too. Collective: every rank calls it."""
+        """Write the directory: always last/state.pt; with `best`, the model too. Collective: every rank calls it."""
         if not all(torch.isfinite(p).all() for p in self.raw_model.parameters()):
             raise self._not_finite("the weights are not finite", learning_rate(self.iter_num, self.config))
         generators = self.ranks.gather(self._generators())

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import files
-from checkpoint import CheckpointManager, ModelName
+from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
-from naming import size_label
+from naming import ModelName, size_label
 
 CONFIG = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 
@@ -406,6 +406,7 @@ def test_deploy_copies_the_best_weights_alone(tmp_path, script):
     assert done.returncode == 0, done.stderr
     assert {p.name for p in target.iterdir()} == {
         "ckpt.pt",
+        "model.safetensors",
         "model_args.json",
         "config.json",
         "README.md",

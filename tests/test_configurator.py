@@ -1,7 +1,7 @@
 """configurator.py: what it takes, what it refuses, and how it says so."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import pytest
 import configurator
 from configurator import FIELDS, RunConfig, load, merge_resumed
 from lora import LoRAConfig
-from model import GPTConfig
+from model import PRESETS, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,8 +125,10 @@ def test_the_architecture_is_the_preset_with_overrides():
     assert load(["vocab_size=512"])[0].model_config(vocab_size=300).vocab_size == 512
 
 
-def test_every_architecture_field_is_a_setting():
-    assert {f.name for f in fields(GPTConfig)} <= set(FIELDS)
+def test_what_a_gpt2_block_needs_is_a_setting_and_the_rest_is_the_presets():
+    assert {f.name for f in fields(GPTConfig)[:8]} <= set(FIELDS)
+    config, _ = load(["preset=modern", "n_layer=2"])
+    assert config.model_config(vocab_size=300) == replace(PRESETS["modern"], n_layer=2, vocab_size=300)
 
 
 def test_a_resumed_run_keeps_what_was_saved_except_what_is_given():

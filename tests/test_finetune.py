@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, TINY, command, documents
+from peft import PeftModel
+from test_foreign_tokenizer import llama3
 from test_train import CPU, differences, history, refused, state, wait_for
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import configurator
 import lora
@@ -645,3 +648,81 @@ def test_the_text_was_written_in_the_bases_tokens(base, adapted, other_text):
     assert derived.tokenizer_fingerprint == Tokenizer.load(base / "tokenizer.json").fingerprint
     assert load_dataset(other_text).meta["tokenizer"]["name"] == "bpe-other"
     assert json.loads((adapted / "export_meta.json").read_text())["dataset"]["fingerprint"] == derived.fingerprint
+
+
+# ---- models of Hugging Face
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A Llama as it lies on somebody's disk, with a tokenizer of its own kind."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
+    vocabulary = Tokenizer.load(llama3(folder)).vocab_size
+    sizes = {"vocab_size": vocabulary + 7, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids)).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_model_is_adapted_with_its_own_tokenizer_and_merged(llama, other_text, tmp_path, script):
+    out = tmp_path / "models" / "gpt-46K-base-to-other-lora"
+    start = ("train.py", f"init_from={llama}", f"dataset={other_text}", f"out_dir={out}", "lora=true")
+    settings = (*STEPS, r"targets=.*q_proj|.*v_proj", "block_size=32", "max_iters=30", "eval_interval=10")
+    done = script(*start, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "holds tokens of bpe-other; writing it in those of tiny-llama" in done.stdout
+    assert "LoRA rank 8 on 4 layers (2 x self_attn.q_proj, 2 x self_attn.v_proj)" in done.stdout
+    losses = [record["val_loss"] for record in history(out) if "val_loss" in record]
+    assert losses[-1] < losses[0] - 0.02
+    assert CheckpointManager.load_model(out)[0].config.block_size == 4096, "only the sequences were short"
+    done = script("train.py", "init_from=resume", f"out_dir={out}", "max_iters=31")
+    assert done.returncode == 0, done.stderr
+    merged = tmp_path / "merged"
+    done = script("merge_lora.py", out, merged)
+    assert done.returncode == 0, done.stderr
+    theirs = AutoModelForCausalLM.from_pretrained(merged).eval()
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), out / "adapters").eval()
+    ours = CheckpointManager.load_model_for_inference(merged)
+    x = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, ours(x, x)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(peft(x).logits, ours(x, x)[0], atol=1e-4, rtol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    own = Tokenizer.load(llama / "tokenizer.json")
+    assert tokenizer("Zero is the bound").input_ids == own.encode("Zero is the bound")
+    assert tokenizer.eos_token_id == own.eot == theirs.generation_config.eos_token_id
+    option = ("--prompt", "the gradient", "--temperature", "0", "--max_new_tokens", "20")
+    texts = {script("sample.py", directory, *option).stdout for directory in (out, merged)}
+    assert len(texts) == 1 and texts.pop().startswith("the gradient")
+    assert script("sample.py", llama, *option).returncode == 0
+
+
+def test_a_hugging_face_base_that_was_moved_or_changed_is_noticed(llama, other_text, tmp_path, script):
+    base = copied(llama, tmp_path / "base")
+    start = ("train.py", f"init_from={base}", f"dataset={other_text}", f"out_dir={tmp_path / 'x'}", "lora=true", *STEPS)
+    assert script(*start, "block_size=32", "max_iters=2").returncode == 0
+    base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="needs its base"):
+        CheckpointManager.load_model(tmp_path / "x")
+    CheckpointManager.load_model(tmp_path / "x", base=tmp_path / "moved")
+    content = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "moved" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="is not the base of"):
+        CheckpointManager.load_model(tmp_path / "x", base=tmp_path / "moved")
+
+
+def test_a_whole_hugging_face_model_is_trained_further(llama, other_text, tmp_path, script):
+    start = ("train.py", f"init_from={llama}", f"dataset={other_text}", f"out_dir={tmp_path / 'x'}", *STEPS)
+    refused(script(*start, "block_size=5000"), "block_size=5000 must lie between 1 and 4096, the context of")
+    done = script(*start, "block_size=32", "max_iters=4", "eval_interval=2", "learning_rate=0.01")
+    assert done.returncode == 0, done.stderr
+    done = script("train.py", "init_from=resume", f"out_dir={tmp_path / 'x'}", "max_iters=6")
+    assert done.returncode == 0, done.stderr
+    ours = CheckpointManager.load_model_for_inference(tmp_path / "x")
+    theirs, x = AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval(), torch.arange(24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, ours(x, x)[0], atol=1e-4, rtol=1e-4)
+    assert CheckpointManager.verify(tmp_path / "x") == []

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, sample
+from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, Pass, sample
 
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 24}
 
@@ -96,7 +96,8 @@ def test_attention_equals_a_float64_computation_written_out():
         scores = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
         heads.append(scores.softmax(-1) @ v[..., part])
     expected = torch.cat(heads, 2) @ attention.c_proj.weight.double().t() + attention.c_proj.bias.double()
-    torch.testing.assert_close(attention(x, None, 0).double(), expected, atol=1e-6, rtol=1e-5)
+    found = attention(x, Pass(None, {False: None}, {}, None))
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_no_token_sees_a_later_one():

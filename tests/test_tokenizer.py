@@ -279,7 +279,7 @@ class TestFile:
         change(content)
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(ValueError, match=f"{path} is not a byte-level BPE in GPT-2's layout: {reason}"):
+        with pytest.raises(ValueError, match=f"{path} cannot be used: .*not GPT-2's: {reason}"):
             Tokenizer.load(path)
 
 

@@ -242,6 +242,7 @@ def test_the_directory_of_a_run_is_complete(dataset, tmp_path, script):
     assert done.returncode == 0, done.stderr
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     listed = {"ckpt.pt", "config.json", "model_args.json", "tokenizer.json", "last/state.pt"}
+    listed |= {"model.safetensors", "tokenizer_config.json", "generation_config.json"}
     assert names == listed | {"export_meta.json", "README.md", "training_log.txt", "metrics.jsonl", "loss.png"}
     meta = json.loads((out / "export_meta.json").read_text())
     assert set(meta["files"]) == listed

@@ -1,0 +1,105 @@
+"""Where a Hugging Face model lies, and the tensors in its files: one file, shards, or a cache. Knows no model."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file that is still to be read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = True) -> Path:
+    """The folder of a model: the path itself, or that of a hub id in Hugging Face's cache.
+
+    With local_files_only=False what is missing there is downloaded. Raises FileNotFoundError, which says so.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path_or_hub_id)):
+        raise FileNotFoundError(f"there is no folder {folder}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"there is no folder {folder}; hub ids need the package huggingface_hub") from None
+    fetch = partial(snapshot_download, str(path_or_hub_id), revision=revision, local_files_only=local_files_only)
+    try:
+        folder = Path(fetch(allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.txt"]))
+        if not any((folder / name).exists() for name in WEIGHTS):
+            fetch(allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        how = "; local_files_only=False would download it" if local_files_only else f": {error}"
+        raise FileNotFoundError(f"{path_or_hub_id} is no folder, nor in Hugging Face's cache{how}") from None
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: one, or an index and the shards that it names. Safetensors come first."""
+    name = next((name for name in WEIGHTS if (folder / name).exists()), None)
+    if name is None:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHTS)}")
+    if not name.endswith(".index.json"):
+        return [folder / name]
+    shards = sorted(set(read_json(folder / name).get("weight_map", {}).values()))
+    bad = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).exists()]
+    if bad or not shards:
+        raise FileNotFoundError(f"{folder / name} names files that are not there: {', '.join(bad) or 'none at all'}")
+    return [folder / name, *(folder / shard for shard in shards)]
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors file or shards, or else of its .bin ones, unread."""
+    tensors = {}
+    for path in weight_files(folder):
+        if path.suffix != ".json":
+            tensors |= (_from_bin if path.suffix == ".bin" else _from_safetensors)(path)
+    return tensors
+
+
+def _from_safetensors(path: Path) -> dict[str, Stored]:
+    def read(name: str) -> Tensor:
+        # Opened for every tensor, so that what was mapped for the others is not held.
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: Stored(tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no sound safetensors file: {error}") from None
+
+
+def _from_bin(path: Path) -> dict[str, Stored]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or an unsafe pickle raises
+        raise ValueError(f"{path} does not load as tensors alone: {error}") from None
+    return {name: Stored(tuple(tensor.shape), partial(lambda tensor: tensor, tensor)) for name, tensor in state.items()}

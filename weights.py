@@ -1,0 +1,96 @@
+"""From what lies in a checkpoint file to a GPT, and from a GPT to what describes it. Nothing in a file is trusted."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+
+
+def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device) -> dict[str, Any]:
+    """The content of an open checkpoint file, ours or nanoGPT's; `path` is for messages. Raises ValueError for anything
+    that is more than tensors and builtins, or no GPT's."""
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # torch has no common base for what a broken or hostile file raises
+        reason = (
+            "it would run code when opened, or is no checkpoint"
+            if "weights_only" in str(error).lower()
+            else "it is cut short or no checkpoint"
+        )
+        raise ValueError(f"{path} is refused: {reason} ({str(error).splitlines()[0][:120]})") from None
+    if (
+        not isinstance(checkpoint, dict)
+        or not isinstance(checkpoint.get("model"), dict)
+        or not isinstance(checkpoint.get("model_args"), dict)
+    ):
+        raise ValueError(f"{path} is no GPT checkpoint: it needs the keys model and model_args")
+    return checkpoint
+
+
+def reshaped(model: GPT, block_size: int | None = None, dropout: float | None = None) -> GPT:
+    """The same weights with another dropout and a context shortened to block_size."""
+    config = replace(model.config, dropout=model.config.dropout if dropout is None else dropout)
+    model = build_model({"model": model.state_dict(), "model_args": asdict(config)}, Path("the model"))
+    if block_size not in (None, config.block_size):
+        model.crop_block_size(block_size)
+    return model
+
+
+def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
+    """A GPT that takes over the tensors of a checkpoint, uncopied. Raises ValueError for what does not fit."""
+    arguments, weights = checkpoint["model_args"], checkpoint["model"]
+    unknown = sorted(map(str, set(arguments) - {f.name for f in fields(GPTConfig)}))
+    if unknown:
+        raise ValueError(f"{source} describes a model this version does not know: model_args has {', '.join(unknown)}")
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in weights.items()):
+        raise ValueError(f"{source} holds something other than named tensors as its model")
+    state = {_plain_name(key): tensor for key, tensor in weights.items()}
+    # nanoGPT's first versions stored each layer's causal mask as a buffer.
+    state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**arguments))
+    except TypeError as error:
+        raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        _check_tied(state, source, "transformer.wte" if model.config.block == "gpt2" else "model.embed_tokens")
+    problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
+    problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} where the model has {tuple(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{source} does not hold the model its model_args describe: {shown}")
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embedding.weight  # assigning has parted them
+    return model
+
+
+def _plain_name(key: str) -> str:
+    return key.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _check_tied(state: dict[str, Tensor], source: Path, tokens: str) -> None:
+    wte, head = state.get(f"{tokens}.weight"), state.get("lm_head.weight")
+    if wte is None or head is None:
+        state.update({"lm_head.weight": wte} if head is None and wte is not None else {})
+    elif wte.device.type != "meta" and wte.shape == head.shape and not torch.equal(wte, head):
+        raise ValueError(f"{source} says that lm_head shares the token embedding, but its two tensors differ")
+
+
+def model_args(config: GPTConfig) -> dict[str, Any]:
+    """nanoGPT's seven keys, and any other field only where it differs from its default: nanoGPT refuses keys it does
+    not know, so a model it can run must not carry them."""
+    first_seven = [f.name for f in fields(GPTConfig)][:7]
+    defaults = GPTConfig()
+    values = asdict(config)
+    return {k: v for k, v in values.items() if k in first_seven or v != getattr(defaults, k)}
