@@ -1,9 +1,11 @@
 """A small real dataset, a small real model, and the scripts as a user runs them."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,35 @@ def script():
 
 def command(name, *arguments):
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
+
+
+def forked(work, *arguments) -> int:
+    """The id of a child process that does this work and nothing else: whatever it raises, it is no second pytest."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(*arguments)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill_at_random_moments(save_number, loaded_number, times) -> None:
+    """Kill a process that saves state n over state m: what loads afterwards is all of the one or all of the other."""
+    save_number(0)
+    start = time.perf_counter()
+    os.waitpid(forked(save_number, 1), 0)
+    duration, draw, outcomes = time.perf_counter() - start, random.Random(0), {"old": 0, "new": 0}
+    for n in range(2, 2 + times):
+        old, pid = loaded_number(), forked(save_number, n)
+        time.sleep(draw.uniform(0, 1.2 * duration))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        now = loaded_number()
+        assert now in (old, n)
+        outcomes["new" if now == n else "old"] += 1
+    assert min(outcomes.values()) > 0, outcomes
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import kill_at_random_moments
 
 import files
 from checkpoint import CheckpointManager
@@ -204,26 +202,7 @@ def test_a_kill_at_two_hundred_random_moments_of_a_save_leaves_a_directory_that_
         assert len(numbers) == 1, f"parts of several states: {numbers}"
         return numbers.pop()
 
-    def forked(n: int) -> int:
-        pid = os.fork()
-        if pid == 0:
-            save_number(n)
-            os._exit(0)
-        return pid
-
-    save_number(0)
-    start = time.perf_counter()
-    os.waitpid(forked(1), 0)
-    duration, draw, outcomes = time.perf_counter() - start, random.Random(0), {"old": 0, "new": 0}
-    for n in range(2, 202):
-        old, pid = loaded_number(), forked(n)
-        time.sleep(draw.uniform(0, 1.2 * duration))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        now = loaded_number()
-        assert now in (old, n)
-        outcomes["new" if now == n else "old"] += 1
-    assert min(outcomes.values()) > 0, outcomes
+    kill_at_random_moments(save_number, loaded_number, 200)
 
 
 # ---- other people's files

@@ -3,16 +3,14 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, TINY, command, documents
+from conftest import QUICK, TINY, command, documents, forked, kill_at_random_moments
 from peft import PeftModel
 from test_foreign_tokenizer import llama3
 from test_train import CPU, differences, history, refused, state, wait_for
@@ -177,26 +175,7 @@ def test_a_kill_at_random_moments_of_a_save_leaves_a_lora_directory_that_loads(b
         assert len(numbers) == 1, f"parts of several states: {numbers}"
         return numbers.pop()
 
-    def forked(n: int) -> int:
-        pid = os.fork()
-        if pid == 0:
-            save_number(n)
-            os._exit(0)
-        return pid
-
-    save_number(0)
-    start = time.perf_counter()
-    os.waitpid(forked(1), 0)
-    duration, draw, outcomes = time.perf_counter() - start, random.Random(0), {"old": 0, "new": 0}
-    for n in range(2, 102):
-        old, pid = loaded_number(), forked(n)
-        time.sleep(draw.uniform(0, 1.2 * duration))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        now = loaded_number()
-        assert now in (old, n)
-        outcomes["new" if now == n else "old"] += 1
-    assert min(outcomes.values()) > 0, outcomes
+    kill_at_random_moments(save_number, loaded_number, 100)
 
 
 def test_accumulated_adapter_gradients_are_those_of_the_big_batch(base, dataset, tmp_path):
@@ -421,10 +400,7 @@ def test_reading_during_saves_never_mixes_two_of_them(base, tmp_path, adapted):
         CheckpointManager.save_checkpoint(model, directory, metadata)
 
     save_number(0)
-    pid = os.fork()
-    if pid == 0:
-        for n in range(1, 10**6):
-            save_number(n % 200)
+    pid = forked(lambda: [save_number(n % 200) for n in range(1, 10**6)])
     try:
         seen = set()
         for _ in range(60):
