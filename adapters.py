@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import files
 import lora
-from tensors import raw_bytes, write_tensors
+from hub import raw_bytes, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -230,14 +230,15 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     size, folder = size_label(count_parameters(architecture)), Path(config.dataset).resolve().name
     words = re.split(r"[^a-z0-9_.]+", folder.lower())
     dataset = "-".join(word for word in words if word and word != "to") or "data"
+    kind = "gpt" if architecture.block == "gpt2" else "llama"
     if config.init_from in ("scratch", "resume"):
-        return ModelName("gpt", size, dataset, "pretrain")
-    base, kind = "base", "ft"
+        return ModelName(kind, size, dataset, "pretrain")
+    base, training = "base", "ft"
     with contextlib.suppress(ValueError):  # a base outside the convention
         parsed = ModelName.parse(Path(config.init_from).resolve().name)
-        base, kind = parsed.dataset.split("-to-")[-1], "merged-ft" if parsed.training_type == "merged" else "ft"
-    kind = "lora" if config.lora else kind
-    return ModelName("gpt", size, dataset if base == dataset else f"{base}-to-{dataset}", kind)
+        base, training = parsed.dataset.split("-to-")[-1], "merged-ft" if parsed.training_type == "merged" else "ft"
+    training = "lora" if config.lora else training
+    return ModelName(kind, size, dataset if base == dataset else f"{base}-to-{dataset}", training)
 
 
 def count_parameters(architecture: GPTConfig) -> int:

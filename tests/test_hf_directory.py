@@ -27,8 +27,8 @@ import lora
 import merge_lora
 from checkpoint import CheckpointManager
 from configurator import FIELDS, RunConfig
+from hub import write_tensors
 from model import GPT, GPTConfig
-from tensors import write_tensors
 from tokenizer import EOT, Tokenizer, train_bpe
 
 LLAMA = {"block": "llama", "activation": "silu", "bias": False}
