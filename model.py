@@ -1,4 +1,4 @@
-"""GPTs in plain PyTorch: `GPTConfig` describes one, `GPT` computes it, `PRESETS` names some.
+"""GPTs in plain PyTorch: `GPTConfig` describes one, `GPT` computes it.
 
 Two kinds of block, each with the parameter names of its field, share one attention routine. "gpt2" is GPT-2's (Radford
 et al. 2019) as nanoGPT spells it: a nanoGPT `ckpt.pt` loads as it is, and ours opens there. "llama" is Llama's (Touvron
@@ -10,13 +10,15 @@ Letters for tensor sizes throughout this file:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from generation import Generation
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
@@ -121,33 +123,6 @@ class GPTConfig:
 
     def is_local(self, layer: int) -> bool:
         return self.sliding_window is not None and layer not in self.global_layers
-
-
-def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
-    """Gemma 3's text models (arXiv 2503.19786), as they are published."""
-    shape = {"block_size": 131072, "vocab_size": 262208, "head_size": 256, "sliding_window": 1024, "query_scalar": 256}
-    shape |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner}
-    rope = {"rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    kind = {"block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6}
-    kind["global_layers"] = range(5, n_layer, 6)
-    flags = dict.fromkeys(("qk_norm", "scaled_embeddings", "norm_plus_one", "post_norms"), True)
-    return GPTConfig(**{**shape, **rope, **kind, **flags, **changes})
-
-
-_SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
-_MODERN = {"block": "llama", "activation": "silu", "n_inner": 832, "n_kv_head": 1, "qk_norm": True}
-# The parameter count depends on context, tying and bias, so a preset fixes those too.
-PRESETS = {
-    "small": GPTConfig(256, 50257, 5, 5, 320, bias=False, tie_word_embeddings=False),  # 38,393,920
-    "medium": GPTConfig(1024, 50257, 12, 12, 768, bias=False),  # 124,337,664
-    "large": GPTConfig(1024, 50257, 24, 16, 1024, bias=False),  # 354,551,808
-    "modern": GPTConfig(256, 50257, 6, 5, 320, bias=False, tie_word_embeddings=False, **_MODERN),  # 38,367,104
-    "gemma3-270m": gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA),
-    "gemma3-1b": gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA),
-    "gemma3-4b": gemma3(34, 2560, 8, 4, 10240),
-    "gemma3-12b": gemma3(48, 3840, 16, 8, 15360),
-    "gemma3-27b": gemma3(62, 5376, 32, 16, 21504, head_size=128, query_scalar=168),
-}
 
 
 class KVCache:
@@ -363,7 +338,7 @@ class LlamaBlock(nn.Module):
 # ---- the model
 
 
-class GPT(nn.Module):
+class GPT(Generation, nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -512,69 +487,11 @@ class GPT(nn.Module):
             weight = self.transformer.wpe.weight[:block_size].clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
-        """The prompt (B, T) with up to max_new_tokens more, (B, T + n). Keyword arguments are those of `stream`.
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        weight = self.lm_head.weight
+        return KVCache(self.config, batch_size, weight.device, weight.dtype, length)
 
-        Ends early when every row has met a stop token; a row that ended before the others repeats its stop token.
-        """
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
-
-    @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_tokens: Sequence[int] = (),
-        vocab_size: int | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-        attention_mask: Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield one token (B,) at a time after the prompt (B, T); temperature 0 is greedy.
-
-        Ids from `vocab_size` on are never drawn: a model may have more rows than its tokenizer has tokens.
-        `attention_mask` (B, T) is 0 where a prompt is padded, on either side. Only the last block_size tokens are seen.
-        Once the context slides, every token has a new position, so cached keys would be stale: from there on each step
-        reads the window anew, and the cache never changes a token.
-        """
-        if attention_mask is not None:
-            idx, attention_mask = pad_left(idx, attention_mask)
-        if idx.size(1) == 0:
-            raise ValueError("an empty prompt: generation needs at least one token")
-        was_training, limit = self.training, self.config.block_size
-        self.eval()
-        try:
-            B, weight = idx.size(0), self.lm_head.weight
-            room = min(limit, idx.size(1) + max_new_tokens)
-            cache = KVCache(self.config, B, weight.device, weight.dtype, room) if use_cache else None
-            stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-            stops = torch.tensor(list(stop_tokens), dtype=idx.dtype, device=idx.device)
-            for step in range(max_new_tokens):
-                idx = idx[:, -limit:]
-                attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
-                if cache is not None and cache.length == limit:
-                    cache = None
-                if cache is not None and self._turns_otherwise(cache.length, idx.size(1)):
-                    cache.length = 0
-                unseen = idx if cache is None else idx[:, cache.length :]
-                logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
-                token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
-                if step:
-                    token = torch.where(stopped, idx[:, -1], token)
-                stopped |= torch.isin(token, stops)
-                yield token
-                if stopped.all():
-                    return
-                idx = torch.cat([idx, token[:, None]], dim=1)
-                if attention_mask is not None:
-                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        finally:
-            self.train(was_training)
-
-    def _turns_otherwise(self, cached: int, length: int) -> bool:
+    def turns_otherwise(self, cached: int, length: int) -> bool:
         """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
         scaling = self.config.rope_scaling or {}
         return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
@@ -584,42 +501,3 @@ def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:
     """Of each row of (B, T, C) the last position that is no padding, (B, 1, C)."""
     last = (attention_mask.long() * torch.arange(1, x.size(1) + 1, device=x.device)).argmax(dim=1)
     return x[torch.arange(x.size(0), device=x.device), last][:, None]
-
-
-def pad_left(idx: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of (B, T) to the left, where generation wants it, and no more of it than the longest row needs;
-    the tokens keep their order."""
-    idle = idx.size(1) - int(attention_mask.sum(dim=1).max())
-    order = attention_mask.long().argsort(dim=1, stable=True)[:, idle:]
-    return idx.gather(1, order), attention_mask.gather(1, order)
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
-
-    top_p (Holtzman et al. 2020) keeps the smallest set of tokens whose probabilities reach it. Raises ValueError for
-    settings outside their range.
-    """
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {temperature}, {top_k} and {top_p}"
-        )
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float()
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # however small, it overflows downwards
-    if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what precedes already reaches top_p
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

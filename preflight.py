@@ -17,10 +17,10 @@ import files
 import hub
 import lora
 from checkpoint import CheckpointManager
-from configurator import FIELDS, RunConfig, merge_resumed
+from configurator import FIELDS, PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from tokenizer import Tokenizer

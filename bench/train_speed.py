@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 import configurator
-from configurator import FIELDS, RunConfig
+from configurator import FIELDS, PRESETS, RunConfig
 from data.batches import BlockSampler
 from data.tokens import Dataset
 from device import autocast
@@ -47,7 +47,7 @@ from distributed import Ranks
 from files import write_atomic
 from logbook import duration
 from lora import LoRAConfig, apply_lora, lora_state_dict
-from model import GPT, PRESETS
+from model import GPT
 from preflight import Start, count_parameters
 from train import build_optimizer, learning_rate, set_up
 

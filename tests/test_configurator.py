@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import configurator
-from configurator import FIELDS, RunConfig, load, merge_resumed
+from configurator import FIELDS, PRESETS, RunConfig, load, merge_resumed
 from lora import LoRAConfig
-from model import PRESETS, GPTConfig
+from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import families
+from configurator import PRESETS
 from lora import LoRAConfig, adapters_of, apply_lora, merge_lora
-from model import GPT, PRESETS, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache
 
 V, T = 61, 23
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from configurator import PRESETS
 from lora import (
     LoRAConfig,
     active_adapter,
@@ -35,7 +36,7 @@ from lora import (
     remove_lora,
     set_active,
 )
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 
 VOCAB = 61
 

@@ -7,7 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from model import GPT, IGNORE_INDEX, PRESETS, GPTConfig, KVCache, Pass, sample
+from configurator import PRESETS
+from generation import sample
+from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass
 
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 24}
 

@@ -1,0 +1,112 @@
+"""Text from a model that gives logits: one token at a time, drawn as asked, with a cache that never changes a token."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Generation:
+    """Mixed into GPT, of which it uses config.block_size, forward, new_cache and turns_otherwise."""
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
+        """The prompt (B, T) with up to max_new_tokens more, (B, T + n). Keyword arguments are those of `stream`.
+
+        Ends early when every row has met a stop token; a row that ended before the others repeats its stop token.
+        """
+        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Sequence[int] = (),
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield one token (B,) at a time after the prompt (B, T); temperature 0 is greedy.
+
+        Ids from `vocab_size` on are never drawn: a model may have more rows than its tokenizer has tokens.
+        `attention_mask` (B, T) is 0 where a prompt is padded, on either side. Only the last block_size tokens are seen.
+        Once the context slides, every token has a new position, so cached keys would be stale: from there on each step
+        reads the window anew, and the cache never changes a token.
+        """
+        if attention_mask is not None:
+            idx, attention_mask = pad_left(idx, attention_mask)
+        if idx.size(1) == 0:
+            raise ValueError("an empty prompt: generation needs at least one token")
+        was_training, limit = self.training, self.config.block_size
+        self.eval()
+        try:
+            room = min(limit, idx.size(1) + max_new_tokens)
+            cache = self.new_cache(idx.size(0), room) if use_cache else None
+            stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+            stops = torch.tensor(list(stop_tokens), dtype=idx.dtype, device=idx.device)
+            for step in range(max_new_tokens):
+                idx = idx[:, -limit:]
+                attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
+                if cache is not None and cache.length == limit:
+                    cache = None
+                if cache is not None and self.turns_otherwise(cache.length, idx.size(1)):
+                    cache.length = 0
+                unseen = idx if cache is None else idx[:, cache.length :]
+                logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
+                token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
+                if step:
+                    token = torch.where(stopped, idx[:, -1], token)
+                stopped |= torch.isin(token, stops)
+                yield token
+                if stopped.all():
+                    return
+                idx = torch.cat([idx, token[:, None]], dim=1)
+                if attention_mask is not None:
+                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        finally:
+            self.train(was_training)
+
+
+def pad_left(idx: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of (B, T) to the left, where generation wants it, and no more of it than the longest row needs;
+    the tokens keep their order."""
+    idle = idx.size(1) - int(attention_mask.sum(dim=1).max())
+    order = attention_mask.long().argsort(dim=1, stable=True)[:, idle:]
+    return idx.gather(1, order), attention_mask.gather(1, order)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
+
+    top_p (Holtzman et al. 2020) keeps the smallest set of tokens whose probabilities reach it. Raises ValueError for
+    settings outside their range.
+    """
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {temperature}, {top_k} and {top_p}"
+        )
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # however small, it overflows downwards
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what precedes already reaches top_p
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
