@@ -14,7 +14,7 @@ import math
 import re
 import runpy
 import textwrap
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -192,6 +192,11 @@ class RunConfig:
         return LoRAConfig(
             self.lora_rank, self.lora_alpha, self.lora_dropout, targets, exclude, use_rslora=self.lora_use_rslora
         )
+
+    def resolved(self, architecture: GPTConfig, **more: Any) -> "RunConfig":
+        """With the settings that describe an architecture, and `more`, filled in."""
+        known = {key: value for key, value in vars(architecture).items() if key in FIELDS}
+        return replace(self, **{**known, **more})
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The preset with this configuration's overrides; vocab_size counts where none was given."""

@@ -17,7 +17,7 @@ import files
 import hub
 import lora
 from checkpoint import CheckpointManager
-from configurator import FIELDS, PRESETS, RunConfig, merge_resumed
+from configurator import PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
 from model import GPT, GPTConfig
@@ -88,8 +88,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         base = CheckpointManager.base_reference(config.init_from, directory)
         if base["sha256"] != expected:
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
-    known = {key: value for key, value in asdict(architecture).items() if key in FIELDS}
-    config = replace(config, out_dir=str(directory), **{**known, "block_size": length})
+    config = config.resolved(architecture, out_dir=str(directory), block_size=length)
     return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
 
 

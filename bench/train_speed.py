@@ -39,7 +39,7 @@ import torch
 from torch import nn
 
 import configurator
-from configurator import FIELDS, PRESETS, RunConfig
+from configurator import PRESETS, RunConfig
 from data.batches import BlockSampler
 from data.tokens import Dataset
 from device import autocast
@@ -295,7 +295,7 @@ def bench(options: argparse.Namespace) -> None:
     given = [f"{key}={value}" for key in SETTINGS if (value := getattr(options, key)) is not None]
     config, _ = configurator.load([*given, "device=cpu"])
     architecture = config.model_config(PRESETS[config.preset].vocab_size)
-    config = replace(config, **{key: value for key, value in asdict(architecture).items() if key in FIELDS})
+    config = config.resolved(architecture)
     lora = LoRAConfig(rank=options.rank, targets=LORA_TARGETS)
 
     facts, tokens = machine(), tokens_per_step(config)

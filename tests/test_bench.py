@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +19,7 @@ TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=32", "vocab_size=500",
 
 def config():
     loaded, _ = configurator.load([*TINY, "device=cpu"])
-    return replace(loaded, **asdict(loaded.model_config(500)))
+    return loaded.resolved(loaded.model_config(500))
 
 
 @pytest.mark.slow
