@@ -218,6 +218,11 @@ class CheckpointManager:
         return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod
+    def is_foreign(path: str | Path) -> bool:
+        """Whether a model directory is Hugging Face's and not ours, nor nanoGPT's."""
+        return _locate(path)[1] in hub.WEIGHTS
+
+    @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
         """The tokenizer.json of a model directory, or None where it has none (nanoGPT's)."""
         stored = files.find(_locate(path)[0], TOKENIZER)

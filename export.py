@@ -162,7 +162,10 @@ def architecture(config: GPTConfig, layout: Layout) -> dict[str, Any]:
         f"{name}.vocab_size": config.vocab_size,
     }
     if config.rope_scaling:
-        facts |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": config.rope_scaling["factor"]}
+        facts |= {
+            f"{name}.rope.scaling.type": "linear",
+            f"{name}.rope.scaling.factor": float(config.rope_scaling["factor"]),
+        }
     return facts
 
 

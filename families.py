@@ -36,7 +36,7 @@ class Family:
     fields: Mapping[str, str]  # key of config.json: field of GPTConfig; two keys of one field must agree
     defaults: Mapping[str, Any]  # of these and other keys that are read, where a config.json leaves them out
     always: Mapping[str, Any] = field(default_factory=dict)  # fields of GPTConfig that no key decides
-    only: Mapping[str, Any] = field(default_factory=dict)  # keys with the one value that GPT computes
+    only: Mapping[str, Any] = field(default_factory=dict)  # more such keys as in ONLY
     neutral: tuple[str, ...] = ()  # keys that change nothing; see NEUTRAL
     dropouts: tuple[str, ...] = ("attention_dropout",)  # written; not read, for dropout is a run's choice
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")  # see ROPES
@@ -167,6 +167,7 @@ FAMILIES = {
     ),
 }
 WRAPPER = "gemma3"  # with images: its text model is a gemma3_text
+ONLY = {"is_causal": True}  # in every family, keys with the one value that GPT computes
 NEUTRAL = {  # in any family: who made a file and how, how a training starts, what text is to be made
     *("architectures", "auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type"),
     *("tokenizer_class", "problem_type", "id2label", "label2id", "_num_labels", "return_dict", "output_past", "prefix"),
@@ -226,8 +227,9 @@ def _family(hf: Mapping[str, Any], source: str | Path) -> tuple[Family, Mapping[
 
 def _is_odd(key: str, value: Any, family: Family) -> bool:
     """Whether a key could make Transformers compute what GPT does not."""
-    if key in family.only:
-        return value != family.only[key]
+    only = ONLY | family.only
+    if key in only:
+        return value not in (only[key], None)
     read = key in family.fields or key in family.defaults or (key in ROPE_KEYS and bool(family.ropes))
     return bool(value) and not read and key not in (*family.neutral, *family.dropouts, *NEUTRAL)
 

@@ -40,7 +40,8 @@ def configurations(
     end = end_of_text(vocabulary) if vocabulary else None
     # The ids are said even where there are none, and no padding either: every family has its own defaults, and one
     # outside the vocabulary fails, while one inside would never be trained.
-    described |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    own = vocabulary is not None and "eot" not in vocabulary["model"]  # another model's text begins as its file says
+    described |= {"bos_token_id": end if own else None, "eos_token_id": end, "pad_token_id": None}
     written = {CONFIG: config_json({**described, "dtype": str(dtype).removeprefix("torch.")}, run)}
     if vocabulary:
         written[GENERATION_CONFIG] = generation_config(config, vocabulary)
@@ -66,7 +67,7 @@ def generation_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str,
     known = {*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])}
     idle = [i for i in range(config.vocab_size) if i not in known]
     # Rows that have ended are filled with the end of text, without a word about that to the user.
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ids = {"bos_token_id": None if "eot" in tokenizer["model"] else end, "eos_token_id": end, "pad_token_id": end}
     return ids | ({"suppress_tokens": idle} if idle else {})
 
 

@@ -459,11 +459,13 @@ class GPT(Generation, nn.Module):
             # Causal from the first key on, or one query that sees all: attention knows both without a mask.
             if narrow or attention_mask is not None or (seen and T > 1):
                 device = self.lm_head.weight.device
-                distance = torch.arange(seen, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
-                mask = (distance >= 0) & (distance < window) if narrow else distance >= 0
+                queries, keys = torch.arange(seen, S, device=device)[:, None], torch.arange(S, device=device)
+                mask = keys <= queries  # (T, S)
+                if narrow:
+                    mask &= keys > queries - window
                 if attention_mask is not None:
                     # Padding sees itself, for a softmax over nothing is not a number.
-                    mask = (mask & attention_mask.bool()[:, None]) | (distance == 0)
+                    mask = (mask & attention_mask.bool()[:, None]) | (keys == queries)
                 masks[local] = mask[None, None] if mask.dim() == 2 else mask[:, None]
         return masks
 

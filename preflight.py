@@ -66,7 +66,9 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     name = conventional_name(architecture, config)
     directory = Path(config.out_dir or Path("models") / str(name)).expanduser()
     problems, notes = name_problems(directory, name, count_parameters(architecture))
-    if model is not None and stored is None:
+    if model is not None and stored is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
+        problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
+    elif model is not None and stored is None:
         notes.append(
             f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"
         )
@@ -217,7 +219,7 @@ def base_model(config: RunConfig, given: dict[str, str]) -> GPT:
 def sequence_length(config: RunConfig, architecture: GPTConfig) -> tuple[int, list[str]]:
     """Tokens in a training sequence, and what is wrong with it. Learned positions are cut to it; a Llama block's
     context stays what it was, and is longer than anybody trains on unless they say so."""
-    if architecture.block == "gpt2" or config.init_from == "scratch":
+    if architecture.block == "gpt2" or (config.init_from == "scratch" and config.block_size):
         return architecture.block_size, []
     length, context = config.block_size or min(architecture.block_size, LONGEST_UNASKED), architecture.block_size
     fits, limit = 1 <= length <= context, f"{context}, the context of {config.init_from}"

@@ -214,7 +214,6 @@ class ForeignTokenizer(Tokenizer):
         self._byte_level = "ByteLevel" in kinds
         self._strips = bool(kinds & {"Strip", "Metaspace"})  # the blank that it puts before a text's first word
         vocabulary = self._library.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
         self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
         self._added = {token["id"]: token["content"].encode() for token in content["added_tokens"]}
         model = content["model"]
@@ -227,6 +226,9 @@ class ForeignTokenizer(Tokenizer):
         if whole[len(whole) - len(bare) :] != bare:
             raise ValueError("it puts tokens behind every text, as an encoder's does")
         self._prefix = np.array(whole[: len(whole) - len(bare)], dtype=np.uint32)
+        # Special tokens that no text has may lie beyond the model's rows, as Gemma 3's for images do.
+        ordinary = (i for i in vocabulary.values() if i not in self._special)
+        self.vocab_size = 1 + max(*ordinary, self.eot, *self._prefix.tolist())
         self._library.encode_special_tokens = True  # despite its name: takes "</s>" in a text as plain text
 
     @cached_property

@@ -85,6 +85,13 @@ def test_matrices_are_rounded_and_vectors_are_not(dtype, dataset, tmp_path):
     assert torch.equal(bits, expected.view(torch.int16))
 
 
+def test_a_whole_number_as_rope_factor_is_written_as_the_format_wants_it(dataset, tmp_path):
+    saved(tmp_path / "model", dataset, **LLAMA, rope_scaling={"rope_type": "linear", "factor": 2})
+    export.to_gguf(tmp_path / "model", tmp_path / "m.gguf")
+    factor = GGUFReader(tmp_path / "m.gguf").fields["llama.rope.scaling.factor"]
+    assert factor.types[-1].name == "FLOAT32" and factor.contents() == 2.0
+
+
 def test_an_adapter_is_merged_on_the_way(dataset, tmp_path):
     import lora
 

@@ -430,6 +430,7 @@ LLAMA = {"model_type": "llama", **SIZES}
         ({"hidden_act": "relu2"}, "hidden_act=relu2"),
         ({"attention_bias": True}, "mlp_bias=False, but bias=True elsewhere"),
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"is_causal": False}, "is_causal=False"),
         ({"sliding_window": 5}, "sliding_window=5"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type=proportional"),

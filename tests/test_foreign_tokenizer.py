@@ -177,3 +177,15 @@ def test_the_end_of_text_is_also_found_by_its_id(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [eot, 3]}))
     assert Tokenizer.load(path).eot == eot
+
+
+def test_special_tokens_beyond_the_rows_of_a_model_do_not_count(tmp_path):
+    path = llama3(tmp_path)
+    before = Tokenizer.load(path)
+    content = json.loads(path.read_text())
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"].append({"id": before.vocab_size, "content": "<image>", **special})
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.vocab_size == before.vocab_size and tokenizer.decode_bytes([before.vocab_size]) == b""
+    assert tokenizer.encode("an <image> of it") == before.encode("an <image> of it")
