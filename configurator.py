@@ -1,4 +1,4 @@
-"""The run configuration: one dataclass holds every setting's name, type, default and help.
+"""The run configuration: one dataclass holds every setting's name, type, default and help; PRESETS names architectures.
 
 Defaults yield to configuration files, files to the command line:
 
@@ -60,7 +60,9 @@ class RunConfig:
     """Every setting of train.py, in nanoGPT's spelling."""
 
     out_dir: str = setting("", "model directory; empty: models/ and the name the convention gives")
-    init_from: str = setting("scratch", "scratch, resume, or a model directory whose weights to start from")
+    init_from: str = setting(
+        "scratch", "scratch, resume, or a model directory (ours, nanoGPT's, Hugging Face's) whose weights to start from"
+    )
     dataset: str = setting(
         "scientific",
         "folder under data/, or the path of one; prepared when missing; other tokens are refused on resume",

@@ -30,7 +30,7 @@ CONTROL, NORMAL, UNUSED = 3, 1, 5  # token types of the format
 
 @dataclass(frozen=True)
 class Layout:
-    """How llama.cpp computes an architecture. A model fits the first of LAYOUTS that computes what it does."""
+    """What llama.cpp calls an architecture, and where it wants another file than our tensors as they are."""
 
     name: str
     biases: bool = False  # expected even where there are none

@@ -24,7 +24,6 @@ from model_directory import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, WEIGHTS
 from tokenizer import EOT
 
 RENAMED = {"dtype": "compute_dtype"}  # the run's setting: its name in config.json
-RUN_KEYS = "run_keys"
 
 
 def configurations(
@@ -52,13 +51,13 @@ def configurations(
 def config_json(described: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """config.json for both of its readers."""
     ours = {RENAMED.get(key, key): value for key, value in run.items()}
-    return {**ours, **described, RUN_KEYS: list(ours)}
+    return {**ours, **described, families.RUN_KEYS: list(ours)}
 
 
 def run_config(content: dict[str, Any]) -> dict[str, Any]:
     """The run's settings from a config.json, also from one written before it was Hugging Face's too."""
     names = {name: key for key, name in RENAMED.items()}
-    return {names.get(key, key): content[key] for key in content.get(RUN_KEYS, content)}
+    return {names.get(key, key): content[key] for key in content.get(families.RUN_KEYS, content)}
 
 
 def generation_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:

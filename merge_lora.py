@@ -218,7 +218,8 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
         f"{found.loss_after:.5f} merged",
         f"{'weights':<10} {'delta lost':>10} {'logits differ by':>17} {'loss':>9}",
     ]
-    for name, fidelity in checks.items():
+    for name in DTYPES:
+        fidelity = checks[name]
         lines.append(
             f"{name:<10} {fidelity.rounding_loss:>10.1e} {fidelity.largest_logit_difference:>17.1e} "
             f"{fidelity.loss_after:>9.5f}"

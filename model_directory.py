@@ -191,7 +191,7 @@ def prune(root: Path, yes: bool) -> str:
     lines = []
     for path in complete:
         if is_lora(about := read_about(path)):
-            base = (path / about["base"]["path"]).resolve()
+            base = (path / about["base"]["path"]).parent.resolve()  # the file may be a link to elsewhere
             for older in [other for other in doomed if base.is_relative_to(other.resolve())]:
                 lines.append(f"kept {older}: it is the base of {path.name}")
                 del doomed[older]

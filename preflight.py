@@ -121,7 +121,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     base = None
     if config.lora:
         model, base = CheckpointManager.load_base(directory, config.base or None)
-        model = reshaped(model, architecture.block_size, architecture.dropout)
+        model = reshaped(model, dropout=architecture.dropout)
         notes += adapt(model, config)
         lora.load_lora_state_dict(model, state["model"])
         config = replace(config, base="")

@@ -82,8 +82,8 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:
     """The model directory's own tokenizer, checked against what the model was trained with; else the one given."""
-    stored = metadata["directory"] / TOKENIZER
-    if path is None and not stored.exists():
+    stored = CheckpointManager.find_tokenizer(metadata["directory"])
+    if path is None and stored is None:
         raise ValueError(f"{metadata['directory']} has no {TOKENIZER}: name one with --tokenizer")
     tokenizer = Tokenizer.load(path or stored)
     trained_with = (metadata["export_meta"] or {}).get("tokenizer")

@@ -13,7 +13,7 @@ import torch
 from conftest import QUICK, TINY, command, documents, forked, kill_at_random_moments
 from peft import PeftModel
 from test_foreign_tokenizer import llama3
-from test_train import CPU, differences, history, refused, state, wait_for
+from test_train import CPU, differences, history, kill_and_go_on, refused, state, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import configurator
@@ -144,16 +144,7 @@ def test_an_interrupted_lora_run_equals_one_that_was_not(base, other_text, tmp_p
 
 def test_a_killed_lora_run_goes_on_from_its_last_save(base, other_text, tmp_path, script):
     start = (f"init_from={base}", f"dataset={other_text}", *LORA, *STEPS)
-    settings = (*start, "lora_dropout=0.2", "max_iters=40", "eval_interval=10")
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert script("train.py", *settings, f"out_dir={straight}").returncode == 0
-    process = subprocess.Popen(command("train.py", *settings, f"out_dir={killed}"), stdout=subprocess.DEVNULL)
-    wait_for(killed, 25, process)
-    process.kill()
-    process.wait()
-    assert script("train.py", "init_from=resume", f"out_dir={killed}").returncode == 0
-    assert history(killed) == history(straight)
-    assert differences(state(killed), state(straight)) == []
+    kill_and_go_on(tmp_path, script, *start, "lora_dropout=0.2")
 
 
 def test_a_kill_at_random_moments_of_a_save_leaves_a_lora_directory_that_loads(base, tmp_path):

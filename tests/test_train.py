@@ -92,8 +92,13 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(dataset,
 
 
 def test_a_killed_run_goes_on_from_its_last_save_and_no_step_is_recorded_twice(dataset, tmp_path, script):
-    settings = (f"dataset={dataset}", *QUICK, "dropout=0.2", "max_iters=40", "eval_interval=10")
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    kill_and_go_on(tmp_path, script, f"dataset={dataset}", *QUICK, "dropout=0.2")
+
+
+def kill_and_go_on(folder: Path, script, *settings: str) -> None:
+    """A run killed between two saves and resumed must equal one that was not."""
+    settings = (*settings, "max_iters=40", "eval_interval=10")
+    straight, killed = folder / "straight", folder / "killed"
     assert script("train.py", *settings, f"out_dir={straight}").returncode == 0
     process = subprocess.Popen(command("train.py", *settings, f"out_dir={killed}"), stdout=subprocess.DEVNULL)
     wait_for(killed, 25, process)
