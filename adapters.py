@@ -3,6 +3,9 @@
     save_adapters(model, "my-adapter")  # and PeftModel.from_pretrained(base, "my-adapter") opens it
     load_adapters(base, "my-adapter")  # what PEFT has saved opens here
 
+Phi 3's projections are one layer in Transformers and several here (families.fused_layers). An adapter of a GPT from
+such files is saved for that layer: the As of the parts one below the other, their Bs along a diagonal.
+
 PEFT lets a setting that it does not know, a target that matches nothing or a tensor under another name pass with a
 warning or with none, and the model then computes something else. Here these are errors.
 """
@@ -10,9 +13,10 @@ warning or with none, and the model then computes something else. Here these are
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 import files
 import lora
+from families import fused_layers
 from hub import raw_bytes, write_tensors
 
 CONFIG = "adapter_config.json"
@@ -30,6 +35,7 @@ WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
 FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it
+RANKS = "ranks_of_parts"  # there too: {fused layer: {part: rank}}, to take it apart as it was put together
 
 # Keys of adapter_config.json that change nothing about an adapter whose tensors are there.
 NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"}
@@ -64,12 +70,13 @@ def adapter_files(
     whether PEFT will meet layers that store (in, out); by default, whether these layers do.
     """
     parts = lora.adapters_of(model, adapter)
-    state = lora.lora_state_dict(model, adapter)
-    if broken := [path for path, tensor in state.items() if not tensor.isfinite().all()]:
+    first = next(iter(parts.values()))
+    if broken := [path for path, part in parts.items() if not all(p.isfinite().all() for p in part.parameters())]:
         raise ValueError(f"the adapter has numbers that are not finite, first in {broken[0]}; it is not saved")
     if fan_in_fan_out is None:
         fan_in_fan_out = any(hasattr(model.get_submodule(path), "nf") for path in parts)
-    first = next(iter(parts.values()))
+    parts, ranks = _fuse(model, parts)
+    layers = _layers(model)
     rank, alpha = (_commonest(getattr(part, name) for part in parts.values()) for name in ("rank", "alpha"))
     config = {
         "peft_type": "LORA",
@@ -82,15 +89,19 @@ def adapter_files(
         "use_rslora": first.use_rslora,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "target_modules": _exactly(model, list(parts)),
+        "target_modules": _exactly(parts, layers),
         # A pattern's key would match the ends of other paths too, were it not for the anchor.
         "rank_pattern": {f"^{re.escape(path)}": part.rank for path, part in parts.items() if part.rank != rank},
         "alpha_pattern": {f"^{re.escape(path)}": part.alpha for path, part in parts.items() if part.alpha != alpha},
     }
-    metadata = {"format": "pt"}
-    if all(model.get_submodule(path).weight.is_floating_point() for path in parts):  # a quantised base is no base
+    metadata = {"format": "pt"} | ({RANKS: json.dumps(ranks)} if ranks else {})
+    if all(part.weight.is_floating_point() for path in parts for part in layers[path]):  # a quantised base is no base
         metadata[FINGERPRINT] = base_fingerprint(model, parts)
-    tensors = {PREFIX + key: tensor for key, tensor in state.items()}
+    tensors = {
+        f"{PREFIX}{path}.{key}": tensor.detach()
+        for path, part in parts.items()
+        for key, tensor in zip(part.keys, (part.A, part.B), strict=True)
+    }
     content = io.BytesIO()
     write_tensors(content, tensors, metadata)
     # The tensors first: whoever finds the configuration finds what it describes.
@@ -100,11 +111,75 @@ def adapter_files(
     }
 
 
-def _exactly(model: nn.Module, paths: list[str]) -> list[str] | str:
+def _exactly(paths: Collection[str], layers: Collection[str]) -> list[str] | str:
     """What makes PEFT and us select these layers and no others: a list, or a regular expression if one of them is also
     the end of another layer's path."""
-    selected = {path for found in lora.matches(model, paths).values() for path in found}
-    return paths if selected == set(paths) else "|".join(map(re.escape, paths))
+    ambiguous = any(layer.endswith(f".{path}") for path in paths for layer in layers if layer not in paths)
+    return "|".join(map(re.escape, paths)) if ambiguous else list(paths)
+
+
+@torch.no_grad()
+def _fuse(
+    model: nn.Module, parts: dict[str, lora.Adapter]
+) -> tuple[dict[str, lora.Adapter], dict[str, dict[str, int]]]:
+    """The adapters of the layers that others have where we have several, and the ranks of what went into them."""
+    fused, result, ranks = fused_layers(model), dict(parts), {}
+    for whole, paths in fused.items():
+        inside = {path: result.pop(path) for path in paths if path in result}
+        if inside:
+            first, rank = next(iter(inside.values())), sum(part.rank for part in inside.values())
+            alpha = first.scale * (math.sqrt(rank) if first.use_rslora else rank)
+            # All scales are the first one's now, and alike unless a pattern gave the parts other ranks or alphas.
+            columns = {path: part.B * (part.scale / first.scale) for path, part in inside.items()}
+            B = torch.block_diag(
+                *(columns.get(path, first.B.new_zeros(model.get_submodule(path).out_features, 0)) for path in paths)
+            )
+            A = torch.cat([part.A for part in inside.values()])
+            result[whole] = lora.Adapter(A, B, alpha, first.use_rslora, max(part.dropout for part in inside.values()))
+            ranks[whole] = {path: part.rank for path, part in inside.items()}
+    return result, ranks
+
+
+def _take_apart(
+    model: nn.Module,
+    parts: dict[str, tuple[Tensor, Tensor, float]],
+    ranks: dict[str, dict[str, int]],
+    use_rslora: bool,
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The other way round. What `_fuse` has put together gets its ranks again; in what PEFT has trained, every part has
+    all of A and its own rows of B."""
+    result = {}
+    for whole, (A, B, alpha) in parts.items():
+        paths = fused_layers(model).get(whole)
+        if paths is None:
+            result[whole] = A, B, alpha
+            continue
+        heights = [model.get_submodule(path).out_features for path in paths]
+        if B.size(0) != sum(heights):
+            raise ValueError(f"{whole} has {B.size(0)} outputs and the adapter {sum(heights)}")
+        own, column = ranks.get(whole), 0
+        for path, rows in zip(paths, B.split(heights), strict=True):
+            if own is None:
+                result[path] = A, rows, alpha
+            elif path in own:
+                to, share = column + own[path], own[path] / A.size(0)
+                result[path] = A[column:to], rows[:, column:to], alpha * (math.sqrt(share) if use_rslora else share)
+                column = to
+    return result
+
+
+def _layers(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers that an adapter in a file can be for: those here, or several that are one elsewhere, by its path."""
+    fused = fused_layers(model)
+    parts = {path for paths in fused.values() for path in paths}
+    single = {path: [layer] for path, layer in lora.adaptable(model).items() if path not in parts}
+    return single | {path: [model.get_submodule(part) for part in paths] for path, paths in fused.items()}
+
+
+def _weight(layers: list[nn.Module]) -> Tensor:
+    """(out, in), or an embedding's (in, out)."""
+    weights = [layer.weight.t() if hasattr(layer, "nf") else layer.weight for layer in layers]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -115,10 +190,9 @@ def _commonest(values: Iterable[Any]) -> Any:
 def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
     """sha256 of the weights that an adapter adds to, and of no others: the same for one model in float32 and bfloat16,
     with nn.Linear and with Transformers' Conv1D, in our directories and in others."""
-    digest = hashlib.sha256()
+    digest, layers = hashlib.sha256(), _layers(model)
     for path in sorted(paths):
-        layer = model.get_submodule(path)
-        weight = layer.weight.t() if hasattr(layer, "nf") else layer.weight
+        weight = _weight(layers[path])
         digest.update(f"{path} {tuple(weight.shape)}".encode())
         digest.update(raw_bytes(weight.to(torch.bfloat16)))
     return digest.hexdigest()
@@ -160,14 +234,16 @@ def install_adapter(
 ) -> lora.LoRAReport:
     """As `load_adapters`, from the contents of the two files; `source` is for messages."""
     settings = _read_config(config, source / CONFIG)
-    tensors, fingerprint = _read_tensors(weights, source / WEIGHTS)
+    tensors, metadata = _read_tensors(weights, source / WEIGHTS)
+    fingerprint = metadata.get(FINGERPRINT)
     try:
-        parts = _parts(model, tensors, settings)
+        stored = _parts(model, tensors, settings)
+        parts = _take_apart(model, stored, json.loads(metadata.get(RANKS, "{}")), settings["use_rslora"])
         lora.check_fit(model, parts)
     except ValueError as error:
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     comparable = fingerprint and not force and not any(weight.is_meta for weight in model.parameters())
-    if comparable and (found := base_fingerprint(model, parts)) != fingerprint:
+    if comparable and (found := base_fingerprint(model, stored)) != fingerprint:
         raise ValueError(
             f"{source} was trained on other weights: the layers it adapts had the fingerprint {fingerprint[:12]}..., "
             f"and in this {type(model).__name__} they have {found[:12]}...; force=True loads it all the same"
@@ -212,21 +288,21 @@ def _read_config(data: bytes, source: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_tensors(data: bytes, source: Path) -> tuple[dict[str, Tensor], str | None]:
-    """{name: tensor}, and the fingerprint of the base where one is recorded."""
+def _read_tensors(data: bytes, source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """{name: tensor}, and the file's own metadata."""
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise ValueError(f"{source} is no safetensors file, or is cut short: {error}") from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the format: its length, then JSON
-    return tensors, header.get("__metadata__", {}).get(FINGERPRINT)
+    return tensors, header.get("__metadata__", {})
 
 
 def _parts(
     model: nn.Module, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{path: (A, B, alpha)}. Raises ValueError for a tensor without a place here and a targeted layer without one."""
-    layers, sides, problems = lora.adaptable(model), {}, []
+    layers, sides, problems = _layers(model), {}, []
     for name, tensor in tensors.items():
         path, side = _place(name.removeprefix(PREFIX), layers)
         if not name.startswith(PREFIX) or side is None:
@@ -234,14 +310,15 @@ def _parts(
         elif tensor.dim() != 2 or not tensor.isfinite().all():
             problems.append(f"{name} is no matrix of finite numbers")
         elif side == "base":  # PEFT saves a copy of an output head or embedding that has an adapter
-            if not layers[path].weight.is_meta and not torch.equal(tensor, layers[path].weight.to("cpu", tensor.dtype)):
+            own = _weight(layers[path])
+            if not own.is_meta and not torch.equal(tensor, own.to("cpu", tensor.dtype)):
                 problems.append(f"{name} is not what this model has there")
         else:
             sides.setdefault(path, {})[side] = tensor
     problems += [f"{path} has only its lora_{next(iter(pair))}" for path, pair in sides.items() if len(pair) < 2]
     if settings.get("layers_to_transform") in (None, []):
         wanted, unwanted = (
-            {path for found in lora.matches(model, settings[key]).values() for path in found}
+            {path for found in lora.matches(model, settings[key], layers).values() for path in found}
             for key in ("target_modules", "exclude_modules")
         )
         problems += [f"{path} is targeted and has no tensors" for path in sorted(wanted - unwanted - sides.keys())]
@@ -258,10 +335,10 @@ def _parts(
     return parts
 
 
-def _place(key: str, layers: dict[str, nn.Module]) -> tuple[str, str | None]:
+def _place(key: str, layers: dict[str, list[nn.Module]]) -> tuple[str, str | None]:
     """(path of a layer, "A", "B" or "base") for the name of a tensor; None if it is none of these."""
     path = key.rsplit(".", 1 if "lora_embedding_" in key else 2)[0]
     if path not in layers:
         return key, None
-    A, B = lora.kind_of(layers[path]).keys
+    A, B = lora.kind_of(layers[path][0]).keys
     return path, {A: "A", B: "B", "base_layer.weight": "base"}.get(key.removeprefix(f"{path}."))

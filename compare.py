@@ -289,11 +289,11 @@ def continuation(side: Side, prompt: str, max_new_tokens: int, temperature: floa
         ids,
         max_new_tokens,
         temperature=temperature,
-        stop_tokens=[tokenizer.eot],
+        stop_tokens=tokenizer.stops,
         vocab_size=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    return tokenizer.decode([token.item() for token in tokens if token.item() != tokenizer.eot])
+    return tokenizer.decode([token.item() for token in tokens if token.item() not in tokenizer.stops])
 
 
 # ---- telling

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-from lora import ALL_LINEAR, SPELLINGS, LoRAConfig
+from lora import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
 from model import GPTConfig
 
 
@@ -85,7 +85,8 @@ class RunConfig:
     lora_dropout: float = setting(0.0, "probability, on what the adapters read", resume="warn")
     lora_targets: str = setting(
         "all-linear",
-        "layers: ends of names with commas between, a regular expression for whole names, or all-linear (not the head)",
+        "layers: ends of names with commas between, a regular expression for whole names, all-linear (not embeddings "
+        "and head) or all (these too, unless they share a weight)",
         resume="refuse",
     )
     lora_exclude: str = setting("", "layers to leave out, written like lora_targets", resume="refuse")
@@ -357,8 +358,8 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _selection(names: str) -> str | list[str]:
-    """Names with commas between them as a list; a regular expression, or all-linear, as it is."""
-    plain = names != ALL_LINEAR and re.fullmatch(r"[\w.-]*(\s*,\s*[\w.-]*)*", names)
+    """Names with commas between them as a list; a regular expression, all or all-linear as it is."""
+    plain = names not in (ALL, ALL_LINEAR) and re.fullmatch(r"[\w.-]*(\s*,\s*[\w.-]*)*", names)
     return [name.strip() for name in names.split(",") if name.strip()] if plain else names
 
 

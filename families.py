@@ -2,7 +2,7 @@
 
     model = load_pretrained("/models/Qwen3-0.6B", dtype=torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
-    save_file(hf_state(model), folder / "model.safetensors", {"format": "pt"})
+    write_tensors(file, hf_state(model), {"format": "pt"})  # hub's; they may be views, which safetensors refuses
 
 What sets a family apart stands in FAMILIES. A config.json may ask for what GPT does not compute, and next year's will.
 So a key is read, or is known to change no number, or has a value that switches it off; any other is an error. The
@@ -10,6 +10,7 @@ formats' source is Transformers 5.23 (models/*/configuration_*.py). The spelling
 the ones written, because both versions open them.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hub import Stored, find, read_json, stored_tensors
 from model import GPT, ORIGINAL, ROPE_TYPES, GPTConfig
@@ -193,6 +194,15 @@ def read_config(hf: Mapping[str, Any], source: str | Path, ignore: Collection[st
     `ignore` names keys that are somebody else's, and so not unknown; so does `run_keys` in the file. Of gemma3 the text
     model is taken. Raises ValueError, with every problem in one message, for what GPT does not compute exactly.
     """
+    config, kind = _read(hf, source, ignore), _family(hf, source)[1]["model_type"]
+    with contextlib.suppress(ValueError):
+        if hf_config(config)["model_type"] == kind:
+            return config
+    # By its numbers a Phi 3 may be a Mistral, and yet its files and adapters have other names.
+    return replace(config, family=kind)
+
+
+def _read(hf: Mapping[str, Any], source: str | Path, ignore: Collection[str] = ()) -> GPTConfig:
     family, hf = _family(hf, source)
     values, fields = {**family.defaults, **hf}, dict(family.always)
     ignore = {RUN_KEYS, *(hf.get(RUN_KEYS) or ()), *ignore}
@@ -327,18 +337,19 @@ def plain(config: GPTConfig) -> GPTConfig:
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """What a config.json must say for Transformers to compute the same model, as the first family that can say it.
+    """What a config.json must say for Transformers to compute the same model, as the first family that can say it; that
+    of `config.family` is asked before the others.
 
     Says nothing of the weights' dtype, nor of special tokens, of which every family has defaults of its own. Raises
     ValueError when no family has this combination of fields.
     """
-    wanted = plain(replace(config, dropout=0.0))
-    for kind, family in FAMILIES.items():
+    wanted = plain(replace(config, dropout=0.0, family=""))
+    for kind, family in sorted(FAMILIES.items(), key=lambda item: item[0] != config.family):
         hf = _write(config, kind, family)
         if family.divisible and config.n_embd % config.n_head:
             continue
         try:
-            if read_config(hf, kind) == wanted:
+            if _read(hf, kind) == wanted:
                 return hf
         except ValueError:  # the family has a value of its own for some field, and it does not go with the others
             continue
@@ -417,8 +428,23 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
     for stored, parts in layout.items():
         tensors = [ours[name] if name in ours else model.lm_head.weight.new_zeros(parts[name]) for name in parts]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        state[stored] = (tensor.t() if _is_turned(stored, family) else tensor).contiguous()
+        state[stored] = tensor.t() if _is_turned(stored, family) else tensor
     return state
+
+
+def fused_layers(model: nn.Module) -> dict[str, list[str]]:
+    """{path of a layer in the family's own modules: paths of the layers here that lie one below the other in it}."""
+    try:
+        fused = FAMILIES[hf_config(model.config)["model_type"]].fused if isinstance(model, GPT) else {}
+    except ValueError:  # of no family
+        fused = {}
+    found = {}
+    for path, _ in model.named_modules():
+        above, _, name = path.rpartition(".")
+        for whole, parts in fused.items():
+            if name == parts[0]:
+                found[f"{above}.{whole}"] = [f"{above}.{part}" for part in parts]
+    return found
 
 
 def load_pretrained(

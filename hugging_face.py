@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from model_directory import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, WEIGHTS
 from tokenizer import EOT
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 RENAMED = {"dtype": "compute_dtype"}  # the run's setting: its name in config.json
 
 
@@ -36,11 +37,9 @@ def configurations(
     except ValueError as error:
         return {CONFIG: config_json({}, run)}, str(error)
     vocabulary = json.loads(tokenizer) if tokenizer else None
-    end = end_of_text(vocabulary) if vocabulary else None
-    # The ids are said even where there are none, and no padding either: every family has its own defaults, and one
-    # outside the vocabulary fails, while one inside would never be trained.
-    own = vocabulary is not None and "eot" not in vocabulary["model"]  # another model's text begins as its file says
-    described |= {"bos_token_id": end if own else None, "eos_token_id": end, "pad_token_id": None}
+    # The ids are said even where there are none: every family has its own defaults, and one outside the vocabulary
+    # fails, while one inside would never be trained.
+    described |= special_ids(config, vocabulary) if vocabulary else dict.fromkeys(IDS)
     written = {CONFIG: config_json({**described, "dtype": str(dtype).removeprefix("torch.")}, run)}
     if vocabulary:
         written[GENERATION_CONFIG] = generation_config(config, vocabulary)
@@ -62,24 +61,21 @@ def run_config(content: dict[str, Any]) -> dict[str, Any]:
 
 def generation_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """generation_config.json: `generate` ends at the end of text, and draws no id that is none of the tokenizer's."""
-    end = end_of_text(tokenizer)
-    known = {*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])}
-    idle = [i for i in range(config.vocab_size) if i not in known]
+    ids = special_ids(config, tokenizer)
+    ends = ids["eos_token_id"]
     # Rows that have ended are filled with the end of text, without a word about that to the user.
-    ids = {"bos_token_id": None if "eot" in tokenizer["model"] else end, "eos_token_id": end, "pad_token_id": end}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    known = set(_vocabulary(tokenizer).values())
+    idle = [i for i in range(config.vocab_size) if i not in known]
     return ids | ({"suppress_tokens": idle} if idle else {})
 
 
 def tokenizer_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, with GPT-2's special tokens: one that begins, ends and stands for what is unknown.
-
-    None pads: fine-tuning tools leave padding out of the loss, and would never teach the model to end.
-    """
-    special = {}
-    if own := tokenizer["model"].get("eot"):  # another model's: what else it puts into a text is in tokenizer.json
-        special = {"eos_token": own}
-    elif end_of_text(tokenizer) is not None:
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+    """tokenizer_config.json, with the special tokens, and the template of a chat where another model's has one."""
+    special = special_tokens(tokenizer)
+    if "chat_template" in (about := tokenizer["model"].get("about", {})):
+        special["chat_template"] = about["chat_template"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is; the name before and after version 5
         **special,
@@ -89,10 +85,33 @@ def tokenizer_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, 
     }
 
 
-def end_of_text(tokenizer: dict[str, Any]) -> int | None:
-    """The id of the token that ends a text, in a tokenizer.json as tokenizer.py writes it."""
-    wanted = tokenizer["model"].get("eot", EOT)
-    return next((token["id"] for token in tokenizer["added_tokens"] if token["content"] == wanted), None)
+def special_tokens(tokenizer: dict[str, Any]) -> dict[str, str]:
+    """{"eos_token": ...} and the like, of a tokenizer.json as tokenizer.py writes it.
+
+    Ours has GPT-2's: one that begins, ends and stands for what is unknown. None pads: fine-tuning tools leave padding
+    out of the loss, and would never teach the model to end.
+    """
+    if "eot" not in tokenizer["model"]:
+        known = any(token["content"] == EOT for token in tokenizer["added_tokens"])
+        return dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT) if known else {}
+    about = {"eos_token": tokenizer["model"]["eot"], **tokenizer["model"].get("about", {})}
+    return {key: value for key, value in about.items() if key.endswith("_token")}
+
+
+def special_ids(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The ids of IDS, None where there is no such token or the model has no row for it; a list for several ends."""
+    ids, tokens = _vocabulary(tokenizer), special_tokens(tokenizer)
+    found = {key: ids.get(tokens.get(key.removesuffix("_id"))) for key in IDS}
+    found = {key: i if i is not None and i < config.vocab_size else None for key, i in found.items()}
+    stops = tokenizer["model"].get("about", {}).get("stops", [])
+    ends = dict.fromkeys(i for i in (found["eos_token_id"], *stops) if i is not None and i < config.vocab_size)
+    return found | ({"eos_token_id": list(ends)} if len(ends) > 1 else {})
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
+    own = tokenizer["model"]["vocab"]
+    own = {token: i for i, (token, _) in enumerate(own)} if isinstance(own, list) else own  # a Unigram's, with scores
+    return {**own, **{token["content"]: token["id"] for token in tokenizer["added_tokens"]}}
 
 
 def write_weights(file: BinaryIO, model: GPT) -> None:

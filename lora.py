@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALL_LINEAR = "all-linear"
+ALL, ALL_LINEAR = "all", "all-linear"
 DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
 
 SPELLINGS = {  # a setting's name here, and its names elsewhere
@@ -59,7 +59,8 @@ class LoRAConfig:
     `...attn.c_proj` and every `...mlp.c_proj`. A string is one regular expression that must match the whole path, with
     `.` or `/` between its parts: `.*/attn/c_(attn|proj)`. Gemma's q_einsum, kv_einsum and attn_vec_einsum find q_proj,
     k_proj with v_proj, and o_proj. "all-linear" is every linear layer except the output head: adapting them all matters
-    more than the rank does (QLoRA, arXiv 2305.14314, section 4). It never takes an embedding.
+    more than the rank does (QLoRA, arXiv 2305.14314, section 4). "all" is these, the embeddings and the output head,
+    for text whose words the model does not know; layers that share their weight are left out.
 
     The patterns give some layers another rank or alpha. As in PEFT, their keys are regular expressions for the end of
     a path, and the first key that matches counts.
@@ -257,10 +258,12 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
     return {path: [p for p in paths if p != path] for paths in owners.values() for path in paths if len(paths) > 1}
 
 
-def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+def _not_linear(model: nn.Module) -> set[str]:
+    """The layers that all-linear leaves out: embeddings and the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()  # Transformers' models know theirs
-    linear = [path for path, layer in layers.items() if not isinstance(layer, nn.Embedding) and layer is not head]
-    return [path for path in linear if path.split(".")[-1] != "lm_head"]
+    layers = adaptable(model).items()
+    aside = {path for path, layer in layers if isinstance(layer, nn.Embedding) or layer is head}
+    return aside | {path for path, _ in layers if path.split(".")[-1] == "lm_head"}
 
 
 def _selection(names: str | Collection[str]) -> dict[str, str]:
@@ -288,11 +291,15 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if m not in bypassed and _features(m)}
 
 
-def matches(model: nn.Module, names: str | Collection[str]) -> dict[str, list[str]]:
-    """{entry: paths of the layers that it selects} for `targets` or `exclude` as LoRAConfig takes them."""
-    layers = adaptable(model)
-    if names == ALL_LINEAR:
-        return {ALL_LINEAR: _all_linear(model, layers)}
+def matches(
+    model: nn.Module, names: str | Collection[str], layers: Collection[str] | None = None
+) -> dict[str, list[str]]:
+    """{entry: paths of the layers that it selects} for `targets` or `exclude` as LoRAConfig takes them; `layers` are
+    the paths to choose from, by default of all that LoRA can adapt."""
+    layers = adaptable(model) if layers is None else layers
+    if names in (ALL, ALL_LINEAR):
+        aside = _ties(model).keys() if names == ALL else _not_linear(model)
+        return {names: [path for path in layers if path not in aside]}
     return _find(_selection(names), layers)
 
 

@@ -12,7 +12,7 @@ Letters for tensor sizes throughout this file:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class GPTConfig:
     activation: str = "gelu"  # exact, "gelu_tanh" or "silu"
     norm_eps: float = 1e-5
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    family: str = ""  # whose files it came from (families.py), where the other fields do not tell; changes no number
     # from here on for llama blocks only
     n_kv_head: int | None = None  # each serves n_head / n_kv_head query heads (Ainslie et al. 2023); None: n_head
     head_size: int | None = None  # None: n_embd / n_head
@@ -73,12 +74,13 @@ class GPTConfig:
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         optional = ("n_inner", "n_kv_head", "head_size", "sliding_window")
         given = {name: value for name in (*sizes, *optional) if (value := getattr(self, name)) is not None}
-        problems = [f"{name}={value} must be at least 1" for name, value in given.items() if value < 1]
+        problems = [f"{name}={getattr(self, name)!r} must be {kind}" for name, kind in self._mistyped().items()]
+        problems = problems or [f"{name}={value} must be at least 1" for name, value in given.items() if value < 1]
         if not problems and self.head_size is None and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         elif not problems and self.n_head % self.kv_heads:
             problems.append(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        if not 0.0 <= self.dropout < 1.0:
+        if not problems and not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
             problems.append(f"activation={self.activation} must be one of {', '.join(ACTIVATIONS)}")
@@ -95,11 +97,23 @@ class GPTConfig:
         if problems:
             raise ValueError("impossible model: " + "; ".join(problems))
 
+    def _mistyped(self) -> dict[str, str]:
+        """{field: what it must be}. A float may be whole; True is no number."""
+        wrong = {}
+        for name, f in GPTConfig.__dataclass_fields__.items():
+            kinds = get_args(f.type) or (f.type,)
+            fits = type(getattr(self, name)) in (*kinds, *((int,) if float in kinds else ()))
+            if not fits and name not in ("global_layers", "rope_scaling"):
+                wrong[name] = " or ".join(kind.__name__ for kind in kinds)
+        return wrong
+
     def _problems_of_scaling(self, scaling: Mapping[str, Any]) -> list[str]:
         kind = scaling.get("rope_type")
         if kind not in ROPE_TYPES:
             return [f"rope_scaling={scaling} must have a rope_type of {', '.join(ROPE_TYPES)}"]
         problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
+        if kind == "llama3" and not problems and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+            problems.append("rope_scaling of type llama3 needs a low_freq_factor below its high_freq_factor")
         lists = {key: len(scaling[key]) for key in ("short_factor", "long_factor") if scaling.get(key)}
         wrong = {key: length for key, length in lists.items() if length != self.rotary // 2}
         return problems + [f"{key} has {length} numbers for {self.rotary // 2} pairs" for key, length in wrong.items()]

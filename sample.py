@@ -71,11 +71,11 @@ def sample(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
-            stop_tokens=[tokenizer.eot],
+            stop_tokens=tokenizer.stops,
             vocab_size=tokenizer.vocab_size,
             generator=generator,
         ):
-            if token.item() != tokenizer.eot:
+            if token.item() not in tokenizer.stops:
                 print(text.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
         print(text.decode(b"", final=True))
 

@@ -62,12 +62,14 @@ class Tokenizer:
     name: what people call it; travels inside tokenizer.json.
     vocab_size: number of ids; every id is below it.
     eot: id of `<|endoftext|>`, which separates documents. No text encodes to it.
+    stops: ids after which a model has nothing more to say; eot comes first.
     """
 
     def __init__(self, name: str, merges: Sequence[Merge]):
         self.name = name
         self.eot = len(_BYTES) + len(merges)
         self.vocab_size = self.eot + 1
+        self.stops = (self.eot,)
         self._merges = list(merges)
         self._tokens = [*(bytes([byte]) for byte in _BYTES), *(left + right for left, right in merges)]
         self._tiktoken = tiktoken.Encoding(
@@ -195,9 +197,9 @@ class Tokenizer:
 class ForeignTokenizer(Tokenizer):
     """Another model's tokenizer.json, encoded by Hugging Face's `tokenizers`.
 
-    A text begins with what the tokenizer puts before every text, such as Gemma's and Llama's `<bos>`. Its `eot` is the
-    end-of-sequence token: the one our own copies of the file name, else that of the tokenizer_config.json or the
-    config.json beside it.
+    A text begins with what the tokenizer puts before every text, such as Gemma's and Llama's `<bos>`. More stands in
+    other files beside it (`_beside`), and in our own copies in the file itself: the end-of-sequence token, which is its
+    `eot`, the other special tokens, the template of a chat, and the ids at which the model stops.
     """
 
     def __init__(self, content: dict[str, Any], path: Path):
@@ -217,10 +219,12 @@ class ForeignTokenizer(Tokenizer):
         self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
         self._added = {token["id"]: token["content"].encode() for token in content["added_tokens"]}
         model = content["model"]
-        eot = model.get("eot") or _eot_beside(path, vocabulary)
-        if eot not in vocabulary:
+        self._about = model.get("about") or _beside(path, vocabulary)
+        eot = model.get("eot") or self._about.get("eos_token")
+        if not isinstance(eot, str) or eot not in vocabulary:
             raise ValueError(f"nothing beside it says which token ends a text: eos_token is {eot!r}")
         self.eot, self._eot_token = vocabulary[eot], eot
+        self.stops = tuple(dict.fromkeys([self.eot, *self._about.get("stops", ())]))
         self.name = model.get("name") or path.resolve().parent.name or f"tokenizer-{self.fingerprint[:8]}"
         whole, bare = (self._library.encode("x", add_special_tokens=special).ids for special in (True, False))
         if whole[len(whole) - len(bare) :] != bare:
@@ -234,7 +238,7 @@ class ForeignTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the file without what we add to it, and of `eot`."""
-        model = {key: value for key, value in self._content["model"].items() if key not in ("name", "eot")}
+        model = {key: value for key, value in self._content["model"].items() if key not in ("name", "eot", "about")}
         content = json.dumps([self._content | {"model": model}, self.eot], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -265,28 +269,37 @@ class ForeignTokenizer(Tokenizer):
         return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
     def to_json(self) -> str:
-        model = {"type": self._content["model"].get("type"), "name": self.name, "eot": self._eot_token}
+        own = {"name": self.name, "eot": self._eot_token, "about": self._about}
+        model = {"type": self._content["model"].get("type"), **own}
         content = self._content | {"model": model | self._content["model"]}
         return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def _eot_beside(path: Path, vocabulary: dict[str, int]) -> str | None:
-    """The end-of-sequence token that the files beside a tokenizer.json name."""
+def _beside(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
+    """What the files beside a tokenizer.json say: eos_token and the like, chat_template, stops (the ids)."""
     names = {i: token for token, i in vocabulary.items()}
-    for file, key in (
-        ("tokenizer_config.json", "eos_token"),
-        ("generation_config.json", "eos_token_id"),
-        ("config.json", "eos_token_id"),
-    ):
-        try:
-            value = json.loads(path.with_name(file).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
-            continue
-        value = value["content"] if isinstance(value, dict) else value
-        value = value[0] if isinstance(value, list) and value else value
-        if value is not None:
-            return names.get(value) if isinstance(value, int) else value
-    return None
+    tokenizer, generation, model = (
+        _json_beside(path, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    about = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = tokenizer.get(key)
+        about[key] = value.get("content") if isinstance(value, dict) else value
+    ends = [source.get("eos_token_id") for source in (generation, model)]
+    ids = next((end if isinstance(end, list) else [end] for end in ends if end is not None), [])
+    about["stops"] = [i for i in ids if i in names]
+    about |= {"eos_token": about["eos_token"] or next((names[i] for i in about["stops"]), None)}
+    template = path.with_name("chat_template.jinja")  # since 2025 a file of its own
+    written = template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
+    return {key: value for key, value in {**about, "chat_template": written}.items() if value}
+
+
+def _json_beside(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.with_name(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def gpt2(ranks: str | os.PathLike | None = None, download: bool = True) -> Tokenizer:

@@ -297,7 +297,7 @@ class Trainer:
                 prompt,
                 self.config.sample_tokens,
                 top_k=50,
-                stop_tokens=[self.tokenizer.eot],
+                stop_tokens=self.tokenizer.stops,
                 vocab_size=self.tokenizer.vocab_size,
                 generator=generator,
             )

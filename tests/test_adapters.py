@@ -10,11 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_families import theirs as random_phi3
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
 from transformers import Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
+from families import load_pretrained
 from files import SaveError
 from lora import (
     LoRAConfig,
@@ -139,6 +141,51 @@ def test_an_adapter_of_our_gpt_opens_on_transformers_gpt2_and_the_other_way_roun
     remove_lora(theirs)
     remove_lora(ours)
     peft = made_by_peft(theirs, settings, tmp_path / "peft")
+    load_adapters(ours, tmp_path / "peft")
+    torch.testing.assert_close(logits(ours, x), peft(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def phi3(folder):
+    """A Transformers Phi 3, whose projections are fused, and our GPT with its weights, which has them one by one."""
+    theirs = random_phi3("phi3")
+    theirs.save_pretrained(folder)
+    return theirs, load_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4, "targets": "all-linear"},
+        {"rank": 3, "alpha": 5, "targets": ["q_proj", "v_proj", "up_proj", "embed_tokens"], "use_rslora": True},
+        {"rank": 4, "targets": ["k_proj", "q_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"0\..*": 3}},
+    ],
+)
+def test_an_adapter_of_projections_that_are_fused_elsewhere_is_one_for_the_fused_layer(settings, tmp_path):
+    theirs, ours = phi3(tmp_path / "base")
+    again, x = copy.deepcopy(ours), tokens(3, 16)
+    apply_lora(ours, LoRAConfig(**settings))
+    trained(ours)
+    save_adapters(ours, tmp_path / "new")
+    assert any(".qkv_proj." in name for name in load_file(tmp_path / "new" / WEIGHTS))
+    expected = logits(ours.eval(), x)
+    peft = opened_by_peft(copy.deepcopy(theirs), tmp_path / "new")
+    torch.testing.assert_close(peft(x).logits, expected, atol=1e-5, rtol=1e-5)
+    load_adapters(theirs, tmp_path / "new")  # the fingerprint is the same where the layers are fused
+    torch.testing.assert_close(theirs(x).logits, expected, atol=1e-5, rtol=1e-5)
+    load_adapters(again, tmp_path / "new")
+    own, loaded = (lora_state_dict(model) for model in (ours, again))
+    assert own.keys() == loaded.keys()
+    for key in own:  # a pattern's scale may have gone into B
+        torch.testing.assert_close(loaded[key], own[key], atol=0, rtol=0 if len(settings) < 4 else 1)
+    torch.testing.assert_close(logits(again, x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj", "o_proj"]])
+def test_what_peft_trained_on_a_fused_layer_opens_here(targets, tmp_path):
+    theirs, ours = phi3(tmp_path / "base")
+    peft = made_by_peft(theirs, {"rank": 4, "alpha": 6, "targets": targets}, tmp_path / "peft")
+    x = tokens(3, 16)
+    assert not torch.allclose(peft(x).logits, theirs(x).logits, atol=1e-3)
     load_adapters(ours, tmp_path / "peft")
     torch.testing.assert_close(logits(ours, x), peft(x).logits, atol=1e-5, rtol=1e-5)
 

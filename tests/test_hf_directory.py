@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
+from test_foreign_tokenizer import gemma as gemma_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -403,6 +404,37 @@ def test_verify_compares_the_two_files_of_weights(tmp_path, tokenizer):
         problems = CheckpointManager.verify(directory)
         assert len(problems) == 1 and problems[0].startswith(f"{directory / 'model.safetensors'} holds another model")
         assert words in problems[0]
+
+
+def test_what_another_models_tokenizer_says_beyond_its_ids_is_said_again(tmp_path, quiet):
+    original = tmp_path / "original"
+    path = gemma_tokenizer(original)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    config = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "chat_template": template,
+    }
+    (original / "tokenizer_config.json").write_text(json.dumps(config))
+    (original / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "top_k": 64}))
+    theirs, tokenizer = AutoTokenizer.from_pretrained(original, local_files_only=True), Tokenizer.load(path)
+    model = GPT(GPTConfig(32, tokenizer.vocab_size, 1, 2, 8, block="llama", activation="silu", bias=False))
+    directory = save(tmp_path / "m", model, tokenizer)
+    with quiet():
+        ours, opened = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    chat = [{"role": "user", "content": "Größe?"}, {"role": "model", "content": "x² 🙂"}]
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name) is not None
+    assert ours("a b c").input_ids == theirs("a b c").input_ids == tokenizer.encode("a b c")
+    for described in (opened.generation_config, opened.config):
+        ids = described.bos_token_id, described.eos_token_id, described.pad_token_id
+        assert ids == (theirs.bos_token_id, [2, 7], theirs.pad_token_id)
+    again = Tokenizer.load(directory / "tokenizer.json")
+    assert again.stops == tokenizer.stops == (2, 7) and again.fingerprint == tokenizer.fingerprint
+    assert save(tmp_path / "again", model, again) and again.to_json() == tokenizer.to_json()
 
 
 def test_a_deployed_model_opens_too(tmp_path, tokenizer, quiet, script):
