@@ -215,6 +215,15 @@ class CheckpointManager:
         with files.open_verified(directory, MODEL_ARGS) as file:
             wanted = GPTConfig(**json.load(file))
         model = reshaped(model.float(), wanted.block_size, wanted.dropout)
+        # The same weights with another config.json, say with another rope_theta, are another model.
+        if changed := [
+            f"{key}={vars(model.config)[key]}"
+            for key, value in vars(wanted).items()
+            if value != vars(model.config)[key]
+        ]:
+            raise ValueError(
+                f"{path} is described by other numbers than when {directory} was trained: {', '.join(changed)}"
+            )
         return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod

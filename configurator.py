@@ -61,8 +61,11 @@ class RunConfig:
 
     out_dir: str = setting("", "model directory; empty: models/ and the name the convention gives")
     init_from: str = setting(
-        "scratch", "scratch, resume, or a model directory (ours, nanoGPT's, Hugging Face's) whose weights to start from"
+        "scratch",
+        "scratch, resume, or whose weights to start from: a model directory (ours, nanoGPT's, Hugging Face's), a name "
+        "that `python -m registry list` has, or a hub id; model=NAME says the same, or names a file of config/model/",
     )
+    local_files_only: bool = setting(True, "look for init_from on this machine; false: download what is not here")
     dataset: str = setting(
         "scientific",
         "folder under data/, or the path of one; prepared when missing; other tokens are refused on resume",
@@ -85,8 +88,8 @@ class RunConfig:
     lora_dropout: float = setting(0.0, "probability, on what the adapters read", resume="warn")
     lora_targets: str = setting(
         "all-linear",
-        "layers: ends of names with commas between, a regular expression for whole names, all-linear (not embeddings "
-        "and head) or all (these too, unless they share a weight)",
+        "layers: ends of names with commas between, a regular expression for whole names, all-linear (not token "
+        "embedding and head) or all (these too, unless they share a weight)",
         resume="refuse",
     )
     lora_exclude: str = setting("", "layers to leave out, written like lora_targets", resume="refuse")
@@ -209,6 +212,7 @@ class RunConfig:
 
 
 FIELDS = {f.name: f for f in fields(RunConfig)}
+MODEL_FILES = Path(__file__).resolve().parent / "config" / "model"
 NAMES = ("lora_targets", "lora_exclude")  # lists of names, kept with commas between them
 LORA_KEYS = {
     spelling: f"lora_{name}"
@@ -217,12 +221,15 @@ LORA_KEYS = {
     for spelling in (name, *others)
 }
 ALIASES = {key: name for key, name in LORA_KEYS.items() if key not in FIELDS}  # `dropout` is the model's own
+ALIASES |= {"model": "init_from", "model.name": "init_from", "model.local_files_only": "local_files_only"}
 LORA_KEYS |= {"enabled": "lora"} | {name.removeprefix("lora_"): name for name in FIELDS if name.startswith("lora_")}
-ALIASES |= {f"lora.{key}": name for key, name in LORA_KEYS.items()}
+ALIASES |= {f"{group}lora.{key}": name for key, name in LORA_KEYS.items() for group in ("", "model.")}
 
 
 def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
     """Read `[FILE ...] [--key=value | key=value ...]` into a configuration and where each given key came from.
+
+    model=NAME is one more file where config/model/NAME.py exists.
 
     Raises ValueError that lists every unknown key, wrong type and impossible combination, with its source.
     """
@@ -234,12 +241,20 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
     entries = []
     for argument in (a for a in arguments if a not in files):
         key, equals, text = argument.removeprefix("--").partition("=")
-        if equals:
+        if key == "model" and (preset := MODEL_FILES / f"{text}.py").is_file():
+            given |= _settled(_read_file(str(preset), problems), problems)
+        elif equals:
             entries.append((key, text, f"argument {argument}"))
         elif _known(key, f"argument {argument}", problems):
             problems.append(f"argument {argument}: a setting is written --{key}=value")
     for key, (text, source) in _settled(entries, problems).items():
         given[key] = (text if FIELDS[key].type is str else _parse(text), source)
+    if given.get("lora", (None,))[0] is False:  # all weights instead, whatever a file says of adapters
+        given = {
+            key: (value, source)
+            for key, (value, source) in given.items()
+            if not key.startswith("lora_") or source.startswith("argument")
+        }
     values = {}
     for key, (value, source) in given.items():
         try:
@@ -304,9 +319,9 @@ def _settled(entries: list[tuple[str, Any, str]], problems: list[str]) -> dict[s
 def _ungrouped(entry: tuple[str, Any, str]) -> list[tuple[str, Any, str]]:
     """A group in a file, `"lora": {"r": 4}`, as the settings in it."""
     key, value, source = entry
-    if key != "lora" or not isinstance(value, dict):
+    if key not in ("lora", "model", "model.lora") or not isinstance(value, dict):
         return [entry]
-    return [(f"lora.{name}", item, source) for name, item in value.items()]
+    return [inner for name, item in value.items() for inner in _ungrouped((f"{key}.{name}", item, source))]
 
 
 def _known(key: str, source: str, problems: list[str]) -> bool:
@@ -397,6 +412,7 @@ def help_text(config: RunConfig) -> str:
         "  python train.py config/train_scientific.py --max_iters=50  with a setting changed\n"
         "  python train.py --init_from=resume --out_dir=models/NAME   go on where a run stopped\n"
         "  python train.py config/finetune_lora.py lora.r=4           adapt a model; LoRA's other spellings will do\n"
+        "  python train.py config/finetune_lora.py model=gpt2-offline    another one, by its name\n"
         "  torchrun --nproc_per_node=2 train.py FILE                  several processes\n\n"
         "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
     )

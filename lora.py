@@ -59,8 +59,8 @@ class LoRAConfig:
     `...attn.c_proj` and every `...mlp.c_proj`. A string is one regular expression that must match the whole path, with
     `.` or `/` between its parts: `.*/attn/c_(attn|proj)`. Gemma's q_einsum, kv_einsum and attn_vec_einsum find q_proj,
     k_proj with v_proj, and o_proj. "all-linear" is every linear layer except the output head: adapting them all matters
-    more than the rank does (QLoRA, arXiv 2305.14314, section 4). "all" is these, the embeddings and the output head,
-    for text whose words the model does not know; layers that share their weight are left out.
+    more than the rank does (QLoRA, arXiv 2305.14314, section 4). "all" is these, the token embedding and the output
+    head, for text whose words the model does not know; layers that share their weight are left out.
 
     The patterns give some layers another rank or alpha. As in PEFT, their keys are regular expressions for the end of
     a path, and the first key that matches counts.
@@ -266,6 +266,13 @@ def _not_linear(model: nn.Module) -> set[str]:
     return aside | {path for path, _ in layers if path.split(".")[-1] == "lm_head"}
 
 
+def _positions(model: nn.Module) -> set[str]:
+    """The embeddings of a language model that are not its tokens', such as GPT-2's of positions."""
+    tokens = getattr(model, "get_input_embeddings", lambda: getattr(model, "embedding", None))()
+    embeddings = {path for path, layer in adaptable(model).items() if isinstance(layer, nn.Embedding)}
+    return {path for path in embeddings if model.get_submodule(path) is not tokens} if tokens is not None else set()
+
+
 def _selection(names: str | Collection[str]) -> dict[str, str]:
     """The entries of `targets` or `exclude`, each with the regular expression that it stands for."""
     if isinstance(names, str):
@@ -298,7 +305,7 @@ def matches(
     the paths to choose from, by default of all that LoRA can adapt."""
     layers = adaptable(model) if layers is None else layers
     if names in (ALL, ALL_LINEAR):
-        aside = _ties(model).keys() if names == ALL else _not_linear(model)
+        aside = _ties(model).keys() | _positions(model) if names == ALL else _not_linear(model)
         return {names: [path for path in layers if path not in aside]}
     return _find(_selection(names), layers)
 

@@ -81,9 +81,7 @@ def merge(
     x, y, source = real_text(data, metadata["config"].get("dataset"), tokenizer, model.config)
     before, checks = answers(model, x, y), {}
     for name in sorted(DTYPES, key=lambda name: name == dtype):  # the one that is kept comes last
-        checks[name], merged, merge_report = check(model, before, x, y, DTYPES[name])
-        if name == dtype:
-            result, report = merged, merge_report
+        checks[name], result, report = check(model, before, x, y, DTYPES[name], last=name == dtype)
     refuse_wrong(checks, dtype)
     destination = destination or conventional_destination(directory, result.num_params())
     merge_of = {
@@ -150,10 +148,13 @@ def answers(model: GPT, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def check(
-    model: GPT, before: list[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, dtype: torch.dtype
+    model: GPT, before: list[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, dtype: torch.dtype, last: bool
 ) -> tuple[Fidelity | None, GPT | None, lora.MergeReport | None]:
-    """Merge a copy of the model in `dtype` and compare with its answers before. None where the dtype cannot hold it."""
-    merged = copy.deepcopy(model).eval()
+    """Merge the model in `dtype` and compare with its answers before. None where the dtype cannot hold it.
+
+    A copy of the model, or where it is the `last` the model itself: there are never more than two in memory.
+    """
+    merged = model if last else copy.deepcopy(model)
     try:
         report = lora.merge_lora(merged, dtype=dtype)
     except ValueError:
@@ -161,13 +162,13 @@ def check(
     merged.to(dtype)
     if not all(parameter.isfinite().all() for parameter in merged.parameters()):
         return None, None, None
-    wide = merged if dtype == torch.float32 else copy.deepcopy(merged).float()
+    wide = merged if dtype == torch.float32 else (copy.deepcopy(merged) if last else merged).float()
     after = answers(wide, x, y)
     pairs = [(expected, found) for (expected, _), (found, _) in zip(before, after, strict=True)]
     difference = torch.stack([(found - expected).abs().max() for expected, found in pairs]).max().item()
     largest = torch.stack([expected.abs().max() for expected, _ in pairs]).max().item()
     losses = [torch.stack([loss for _, loss in answer]).mean().item() for answer in (before, after)]
-    return Fidelity(report.rounding_loss, difference, largest, *losses), merged, report
+    return Fidelity(report.rounding_loss, difference, largest, *losses), merged if last else None, report
 
 
 def refuse_wrong(checks: dict[str, Fidelity | None], dtype: str) -> None:

@@ -14,7 +14,6 @@ import torch
 
 import families
 import files
-import hub
 import lora
 from checkpoint import CheckpointManager
 from configurator import PRESETS, RunConfig, merge_resumed
@@ -23,6 +22,8 @@ from distributed import Ranks
 from model import GPT, GPTConfig
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
+from registry.catalogue import find_spec
+from registry.resolve import find_model
 from tokenizer import Tokenizer
 from weights import build_model, reshaped
 
@@ -54,9 +55,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         return _resume(config, given, ranks)
     _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
     model = stored = base = None
-    path = Path(config.init_from).expanduser()
-    if len(path.parts) == 2 and not path.exists() and not path.parent.is_dir():
-        config = replace(config, init_from=str(hub.find(config.init_from)))  # a hub id in Hugging Face's cache
+    if config.init_from != "scratch":
+        config, called = located(config)
     if config.lora:
         expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
     if config.init_from != "scratch":
@@ -87,11 +87,21 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable, config.lora)
     _raise_all(problems)
     if config.lora:
-        base = CheckpointManager.base_reference(config.init_from, directory)
+        base = CheckpointManager.base_reference(config.init_from, directory) | {"given": called}
         if base["sha256"] != expected:
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
     config = config.resolved(architecture, out_dir=str(directory), block_size=length)
     return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
+
+
+def located(config: RunConfig) -> tuple[RunConfig, str]:
+    """The configuration with the folder of the model that `init_from` names, and what others call that model."""
+    path = Path(config.init_from).expanduser()
+    if path.exists() or (len(path.parts) > 1 and path.parent.is_dir()):
+        return config, config.init_from
+    found, spec = find_model(config.init_from, local_files_only=config.local_files_only), find_spec(config.init_from)
+    on_the_hub = spec.hf_id if spec else config.init_from
+    return replace(config, init_from=str(found.path)), on_the_hub if found.revision else str(found.path)
 
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:

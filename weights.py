@@ -54,7 +54,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     try:
         with torch.device("meta"):
             model = GPT(GPTConfig(**arguments))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
     expected = model.state_dict()
     if model.config.tie_word_embeddings:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import configurator
-from configurator import FIELDS, PRESETS, RunConfig, load, merge_resumed
+from configurator import FIELDS, MODEL_FILES, PRESETS, RunConfig, load, merge_resumed
 from lora import LoRAConfig
 from model import GPTConfig
+from registry import list_available_models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,6 +179,34 @@ def test_a_group_in_a_file_is_read_and_the_command_line_overrides_it_in_any_spel
     assert (config.lora, config.lora_rank, config.lora_dropout, config.lora_targets) == (True, 2, 0.1, "c_fc")
     assert config.dropout == 0.3, "dropout without lora. is the model's own"
     assert given["lora_rank"] == "argument lora_rank=2" and given["lora_targets"] == f"{file}:1"
+
+
+def test_switching_lora_off_switches_off_what_a_file_says_of_it_and_not_what_is_asked_for(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {"init_from": "x", "lora": True, "lora_rank": 4, "lora_targets": "c_fc"}')
+    config, given = load([file, "lora=false"])
+    assert config == RunConfig(init_from="x") and not given.keys() & {"lora_rank", "lora_targets"}
+    assert "lora_rank=2 means nothing without lora=true" in refusal(file, "lora=false", "r=2")
+
+
+@pytest.mark.parametrize("path", sorted(MODEL_FILES.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_file_for_a_model_is_named_by_model_and_yields_to_what_else_is_given(path):
+    name = str(path.relative_to(MODEL_FILES).with_suffix(""))
+    config, given = load(
+        [str(ROOT / "config/finetune_lora.py"), f"model={name}", "model.lora.enabled=true", "lora.r=3"]
+    )
+    assert config.init_from in (*list_available_models(), "sshleifer/tiny-gpt2")
+    assert (config.lora, config.lora_rank, config.max_iters) == (True, 3, 400)
+    assert given["init_from"].startswith(f"{path}:") and given["lora_rank"] == "argument lora.r=3"
+    assert load([f"model={name}"])[0].lora == ("enabled" in path.read_text() and "False" not in path.read_text())
+
+
+def test_a_model_is_also_a_group_in_a_file_and_another_name_for_init_from(tmp_path):
+    text = "config = {'model': {'name': 'gpt2-offline', 'local_files_only': False, 'lora': {'enabled': True, 'r': 4}}}"
+    config, _ = load([write(tmp_path / "c.py", text)])
+    assert config == RunConfig(init_from="gpt2-offline", local_files_only=False, lora=True, lora_rank=4)
+    assert load(["--model=some/where"])[0].init_from == "some/where"
+    assert "init_from='a' and model='b' give init_from two values" in refusal("init_from=a", "model=b")
+    assert "there is no setting 'model.lora.rnk'; did you mean" in refusal("model.lora.rnk=4")
 
 
 def test_two_spellings_that_disagree_are_an_error_with_both(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, TINY, command, documents, forked, kill_at_random_moments
+from conftest import QUICK, ROOT, TINY, command, documents, forked, kill_at_random_moments
 from peft import PeftModel
 from test_foreign_tokenizer import llama3
 from test_train import CPU, differences, history, kill_and_go_on, refused, state, wait_for
@@ -357,6 +357,26 @@ def test_a_base_that_is_a_link_into_a_store_of_blobs_is_found_again(base, datase
     start = ("train.py", f"init_from={tmp_path / 'hub'}", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
     assert script(*start, *LORA, *STEPS, "max_iters=2").returncode == 0
     CheckpointManager.load_model(tmp_path / "x")
+
+
+def test_a_base_is_found_by_its_name_and_one_on_the_hub_is_called_by_its_id(base, dataset, tmp_path, script):
+    snapshot = tmp_path / "hub" / "models--lab--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, snapshot)
+    (tmp_path / "hub/models--lab--tiny/refs").mkdir()
+    (tmp_path / "hub/models--lab--tiny/refs/main").write_text("0" * 40)
+    start = ("train.py", ROOT / "config/finetune_lora.py", f"dataset={dataset}", *STEPS, "max_iters=2")
+    environment = {**os.environ, "NANOFORGE_GPT2_PATH": str(base), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    for name, called in (("gpt2-offline", str(base)), ("lab/tiny", "lab/tiny")):
+        out = tmp_path / name
+        done = script(*start, f"model={name}", f"out_dir={out}", "lora.enabled=true", "lora.r=4", env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "LoRA rank 4" in done.stdout
+        assert json.loads((out / "adapters/adapter_config.json").read_text())["base_model_name_or_path"] == called
+        CheckpointManager.load_model(out)
+    refused(script(*start, "model=lab/other", env=environment), "lab/other was not found", "local_files_only")
+    refused(script(*start, "model=gpt2-ofline", env=environment), "Did you mean gpt2-offline?")
 
 
 def test_a_base_that_is_saved_anew_while_a_run_starts_stops_it(base, dataset, tmp_path, monkeypatch):

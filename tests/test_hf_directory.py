@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import stat
 import warnings
@@ -14,10 +15,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import QUICK, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
+from test_families import CASES, theirs
 from test_foreign_tokenizer import gemma as gemma_tokenizer
+from test_foreign_tokenizer import llama3 as llama3_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -561,3 +565,39 @@ def test_what_train_writes_opens(tmp_path, dataset, tokenizer, quiet, script):
         expected = ours.generate(prompt.input_ids, 8, temperature=0, stop_tokens=[tokenizer.eot])
         assert torch.equal(theirs.generate(**prompt, max_new_tokens=8), expected)
     assert CheckpointManager.verify(out) == []
+
+
+@pytest.mark.parametrize("case", ["qwen3", "phi3", "gpt2 untied"])
+def test_a_model_from_elsewhere_is_adapted_by_the_standard_configuration_and_merged(
+    case, tmp_path, dataset, quiet, script, monkeypatch
+):
+    folder, out = tmp_path / "models-of-others" / "Some-0.1M", tmp_path / "models"
+    size = Tokenizer.load(llama3_tokenizer(folder)).vocab_size
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    monkeypatch.setitem(CASES, case, (CASES[case][0], CASES[case][1] | {"vocab_size": size}))
+    theirs(case).save_pretrained(folder)
+    settings = (f"--init_from={folder}", f"dataset={dataset}", *QUICK[len(TINY) :], "max_iters=30", "eval_interval=10")
+    done = script("train.py", ROOT / "config/finetune_lora.py", *settings, "block_size=32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = out.iterdir()
+    assert run.name.endswith("-base-to-tiny-lora")
+    model, _ = CheckpointManager.load_model(run)
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
+    x = ids(model, 2, 20)
+    with quiet(".*fan_in_fan_out.*"), torch.no_grad():
+        expected = model.eval()(x, x)[0]
+        assert (base(x).logits - expected).abs().max() > 0.01
+        adapted = PeftModel.from_pretrained(base, run / "adapters")
+        assert (adapted(x).logits - expected).abs().max() < 1e-4
+    done = script("merge_lora.py", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (merged,) = set(out.iterdir()) - {run}
+    with quiet(), torch.no_grad():
+        again, opened = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+        assert again.config.model_type == base.config.model_type
+        assert (again(x).logits - expected).abs().max() < 1e-4
+        assert opened("the loss").input_ids == AutoTokenizer.from_pretrained(folder)("the loss").input_ids
+    described = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(re.sub(r'(_eps(ilon)?": )1e-0\d', r"\g<1>0.1", described))
+    with pytest.raises(ValueError, match=r"described by other numbers.*norm_eps=0\.1"):
+        CheckpointManager.load_model(run)

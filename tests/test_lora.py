@@ -203,6 +203,17 @@ def test_all_linear_is_every_linear_layer_but_the_output_head(build):
     assert set(apply_lora(model, LoRAConfig()).matched) == linear - {"lm_head"}
 
 
+@MODELS
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_is_also_the_token_embedding_and_the_head_unless_they_share_a_weight(build, tied):
+    model = build(tie_word_embeddings=tied)
+    words = (
+        set() if tied else {"lm_head", next(n for n, m in model.named_modules() if n.endswith(("wte", "embed_tokens")))}
+    )
+    linear = set(apply_lora(build(tie_word_embeddings=tied), LoRAConfig()).matched)
+    assert set(apply_lora(model, LoRAConfig(targets="all")).matched) == linear | words
+
+
 def test_what_is_excluded_is_not_adapted():
     model = gpt()
     report = apply_lora(model, LoRAConfig(targets=["c_proj", "c_fc"], exclude=r".*\.1\..*"))
