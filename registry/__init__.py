@@ -1,0 +1,82 @@
+"""Models by name: found offline, built, run, taken apart, compared.
+
+    from registry import find_model, get_model, load_model, register_model
+
+    get_model("gpt2-offline", device="auto", lora={"enabled": True, "r": 4})  # an nn.Module, to train or to inspect
+    load_model("xlmr").embed(["..."])                                         # a runner around one, for text
+    python -m registry list | show NAME | parts NAME | compare A B | where NAME | memory NAME
+
+Four designs meet here, and some names meant two things. Each means one:
+
+- A *recipe* (`ModelSpec`, catalogue.py) says which model a name is and how it is loaded. `load_model` gives a runner
+  for one; `list_available_models`, `get_spec`, `register_spec` and `unregister_spec` are about recipes.
+- A *constructor* (names.py) is a function that makes a model, whatever it is made of. `register_model` and `unregister`
+  are about constructors. `get_model` looks among them first, then among the recipes, then for a folder or a hub id;
+  `list_models` gives every name that `get_model` knows.
+- What a model is *made of* is `registry.parts.ModelSpec`, and `ModelRegistry` there has its own `list_models`, of the
+  models that were taken apart.
+
+Names match whatever their case and keep their spelling. `MiniLM`, a constructor, is a tiny GPT for tests; `minilm`, a
+recipe, is a sentence encoder. Spelled like this, each is itself everywhere; `get_model` refuses any third spelling.
+"""
+
+from registry.catalogue import ModelSpec, get_spec, list_available_models, register_spec, unregister_spec
+from registry.configuration import ModelConfig
+from registry.entries import ConflictError, RegistryError, UnknownModelError
+from registry.loading import coerce_device, resolve_dtype
+from registry.names import (
+    PluginError,
+    describe_models,
+    get_model,
+    get_tokenizer,
+    list_models,
+    register_model,
+    temporary_models,
+    unregister,
+)
+from registry.parts import (
+    ModelDecomposer,
+    ModelFamily,
+    ModelRegistry,
+    PartSpec,
+    PartType,
+    register_decomposer,
+    unregister_decomposer,
+)
+from registry.resolve import Candidate, ModelNotFoundError, Resolution, find_model
+from registry.runners import ModelOutputs, load_model
+
+__all__ = [
+    "Candidate",
+    "ConflictError",
+    "ModelConfig",
+    "ModelDecomposer",
+    "ModelFamily",
+    "ModelNotFoundError",
+    "ModelOutputs",
+    "ModelRegistry",
+    "ModelSpec",
+    "PartSpec",
+    "PartType",
+    "PluginError",
+    "RegistryError",
+    "Resolution",
+    "UnknownModelError",
+    "coerce_device",
+    "describe_models",
+    "find_model",
+    "get_model",
+    "get_spec",
+    "get_tokenizer",
+    "list_available_models",
+    "list_models",
+    "load_model",
+    "register_decomposer",
+    "register_model",
+    "register_spec",
+    "resolve_dtype",
+    "temporary_models",
+    "unregister",
+    "unregister_decomposer",
+    "unregister_spec",
+]

@@ -1,0 +1,500 @@
+"""Models run on text: tokens in, logits, hidden states and attentions out, alike for every architecture.
+
+    with load_model("xlmr", device="auto") as runner:
+        outputs = runner.forward(runner.tokenize(["He deposited the check at the bank."]))
+        outputs.encoder_hidden_states[0]  # (B, T, C); the embeddings are at 0, a layer's output at each next index
+        runner.embed(["one vector", "for each text"])  # (2, C), normalised
+
+Tensor sizes: B texts, T tokens, C width, V vocabulary, H heads, L layers.
+"""
+
+import gc
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hub import read_json
+from model import GPT
+from model_directory import CONFIG
+from registry import loading, sentences
+from registry.catalogue import ModelSpec, find_spec
+from registry.loading import DECODER, ENCODER, SEQ2SEQ
+from registry.resolve import find_model
+
+States = tuple[Tensor, ...]
+# What a tokenizer may add for people; no model takes it. token_type_ids go to those that do.
+NOT_FOR_THE_MODEL = {"offset_mapping", "special_tokens_mask", "overflow_to_sample_mapping", "length", "token_type_ids"}
+NARROW = ("t5", "mt5", "umt5")  # trained in bfloat16: their activations are beyond what float16 holds
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What a batch of texts gave. Stacks of hidden states hold the embeddings, then every layer's output: L + 1.
+
+    `extra` may hold attentions, each a tuple of L tensors (B, H, T, T), under the names attentions or, for seq2seq,
+    encoder_attentions, decoder_attentions and cross_attentions; pooler_output (B, C); and decoder_input_ids.
+    """
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T), 0 for padding
+    logits: Tensor | None  # (B, T, V), or as the checkpoint's own head has them; None where it has no head
+    encoder_hidden_states: States | None  # each (B, T, C); None for a model without an encoder
+    decoder_hidden_states: States | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ModelOutputs":
+        """The same with every tensor changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return tuple(map(changed, value)) if isinstance(value, tuple) else value
+
+        extra = {key: changed(value) for key, value in self.extra.items()}
+        return ModelOutputs(**{name: changed(value) for name, value in vars(self).items()} | {"extra": extra})
+
+
+class BaseModelRunner:
+    """A model with its tokenizer, from a folder. Subclasses say how their architecture is run.
+
+    The arguments are those of `load_model`; `spec` has the defaults of dtype, quantization and tokenizer_kwargs.
+    `notes` says what was decided for the model. Raises ValueError for a folder, or a spec, of another architecture.
+    """
+
+    arch: str
+    takes = ("input_ids", "attention_mask")  # keys of a batch
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: ModelSpec | None = None,
+        *,
+        device: str | int | torch.device | None = "cpu",
+        dtype: str | torch.dtype | None = None,
+        capture_attentions: bool = False,
+        quantization: str | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        load_config: Mapping[str, Any] | None = None,
+    ):
+        if spec is not None and spec.arch not in (None, self.arch):
+            raise ValueError(f"{type(self).__name__} runs models that are {self.arch}, and {spec.name} is {spec.arch}")
+        self.folder, self.spec, self.capture_attentions = Path(folder), spec, capture_attentions
+        self.device, self.notes = loading.coerce_device(device), []
+        loading.read_arch(self.folder, self.arch)
+        given = {**((spec and spec.tokenizer_kwargs) or {}), **(tokenizer_kwargs or {})}
+        self._call_options = {key: given.pop(key) for key in loading.call_options() & given.keys()}
+        self.tokenizer = loading.load_tokenizer(self.folder, trust_remote_code=trust_remote_code, **given)
+        if quantization is None and spec is not None and spec.use_bitsandbytes:
+            quantization = "8bit"
+        self._model: nn.Module | None = loading.load(
+            self.folder,
+            arch=self.arch,
+            dtype=self._pick_dtype(dtype),
+            device=self.device,
+            quantization=None if quantization == "none" else quantization,
+            attentions=capture_attentions,
+            trust_remote_code=trust_remote_code,
+            load_config=load_config,
+        )
+        if not isinstance(self._model, GPT):
+            self._model.config.output_hidden_states = True
+        self.limit = self._longest()
+        self._pad_somehow()
+
+    # ---- what is decided for a model
+
+    def _pick_dtype(self, dtype: str | torch.dtype | None) -> torch.dtype | None:
+        """That asked for, else the recipe's unless the numbers would suffer, else the checkpoint's."""
+        asked, preferred = loading.resolve_dtype(dtype), loading.resolve_dtype(self.spec and self.spec.dtype)
+        if dtype is not None or preferred != torch.float16:
+            return asked if dtype is not None else preferred
+        cuda = self.device.type == "cuda"
+        narrow = self.arch == SEQ2SEQ and read_json(self.folder / CONFIG).get("model_type") in NARROW
+        if cuda and not narrow:
+            return preferred
+        chosen = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+        reason = "its activations overflow in float16" if narrow else f"float16 is slow and coarse on {self.device}"
+        self.notes.append(f"{self.folder.name} is in {chosen} where its recipe says float16: {reason}")
+        if narrow:
+            warnings.warn(self.notes[-1], stacklevel=4)
+        return chosen
+
+    def _pad_somehow(self) -> None:
+        """Batches need some token to fill up with; which one does not matter, for the mask says where it is."""
+        tokenizer, reason = self.tokenizer, None
+        if tokenizer.pad_token is None:
+            reason = "the tokenizer has no padding token"
+        elif tokenizer.pad_token_id >= self._embedding.num_embeddings:
+            reason = f"the model does not know the tokenizer's padding token {tokenizer.pad_token}"
+        if reason:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+            self.notes.append(f"{reason}, so {tokenizer.pad_token} fills batches up, masked")
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.embedding if isinstance(self.model, GPT) else self.model.get_input_embeddings()
+
+    def _longest(self) -> int | None:
+        """The most tokens that the model takes, or None where there is no limit."""
+        if isinstance(self.model, GPT):
+            return self.model.config.block_size
+        limits = [getattr(self.model.config, "max_position_embeddings", None)]
+        for module in self.model.modules():
+            table = getattr(module, "position_embeddings", None)
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None:  # RoBERTa's count from behind it
+                limits.append(table.num_embeddings - table.padding_idx - 1)
+        return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that `tokenize` cuts a text to, as the model and the tokenizer say; None where neither does."""
+        said = self.tokenizer.model_max_length  # a number beyond all use where it was not said
+        return min((n for n in (self.limit, said) if n and n < 1e9), default=None)
+
+    # ---- life
+
+    @property
+    def model(self) -> nn.Module:
+        return self._require_open()
+
+    def _require_open(self) -> nn.Module:
+        if self._model is None:
+            raise ValueError(f"the runner of {self.folder.name} is closed; load_model gives a new one")
+        return self._model
+
+    def close(self) -> None:
+        """Free the model. The runner cannot be used afterwards."""
+        self._model = None
+        gc.collect()  # a module and its hooks can form cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> "BaseModelRunner":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    # ---- tokens
+
+    def tokenize(self, texts: str | Iterable[str], **options: Any) -> Mapping[str, Any]:
+        """Texts to a batch on the CPU: input_ids and attention_mask (B, T), and whatever else the tokenizer gives.
+
+        `options` are those of a call of Transformers' tokenizers, over the defaults: padding and truncation to what the
+        model takes. return_offsets_mapping=True adds offset_mapping; the batch's `word_ids(row)` gives the words.
+        """
+        self._require_open()
+        options = {"padding": True, "truncation": True, "return_tensors": "pt", **self._call_options, **options}
+        if unknown := sorted(options.keys() - loading.call_options()):
+            raise ValueError(f"tokenize has no option {', '.join(unknown)}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        others = {key: [x] if isinstance(x, str) else x for key, x in options.items() if key.startswith("text_")}
+        if not options.get("is_split_into_words"):
+            wrong = [
+                f"text {i} is a {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
+            ]
+            if wrong:
+                raise ValueError(f"{wrong[0]}, not a string (of {len(texts)} texts)")
+        if options["truncation"] and self.max_length:
+            options.setdefault("max_length", self.max_length)
+        if not texts:
+            filler = [self.tokenizer.pad_token]
+            return self._empty(self.tokenizer(filler, **options | dict.fromkeys(others, filler)))
+        batch = self.tokenizer(texts, **options | others)
+        if options["return_tensors"] == "pt" and not batch["input_ids"].numel():  # texts without a single token
+            ids = torch.full((len(texts), 1), self.tokenizer.pad_token_id)
+            return type(batch)({"input_ids": ids, "attention_mask": torch.zeros_like(ids)})
+        return batch
+
+    @staticmethod
+    def _empty(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return type(batch)(
+            {key: x[:0, :0] if isinstance(x, Tensor) and x.dim() > 1 else x[:0] for key, x in batch.items()}
+        )
+
+    def _checked(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What of a batch the model takes, on its device. Raises ValueError for what it cannot take."""
+        unknown = batch.keys() - NOT_FOR_THE_MODEL - set(self.takes)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} takes no {', '.join(sorted(unknown))}, but {', '.join(self.takes)}"
+            )
+        tensors = {key: torch.as_tensor(batch[key]) for key in self.takes if key in batch}
+        ids = tensors.get("input_ids")
+        if ids is None or ids.dim() != 2:
+            raise ValueError("a batch needs input_ids, (texts, tokens); tokenize makes one")
+        tensors.setdefault("attention_mask", torch.ones_like(ids))
+        for key, tensor in tensors.items():
+            shared = 2 if key in ("attention_mask", "token_type_ids") else 1  # a decoder has a length of its own
+            if tensor.dim() != 2 or tensor.shape[:shared] != ids.shape[:shared]:
+                raise ValueError(f"{key} is {tuple(tensor.shape)} where input_ids are {tuple(ids.shape)}")
+        if self.limit and ids.size(1) > self.limit:
+            raise ValueError(f"{ids.size(1)} tokens are more than the {self.limit} that the model takes")
+        known = self._embedding.num_embeddings
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
+            raise ValueError(f"input_ids lie between {ids.min()} and {ids.max()}, and the model knows 0 to {known - 1}")
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    # ---- runs
+
+    def forward(
+        self, batch: Mapping[str, Any], *, layers: Sequence[int] | None = None, logits: bool = True
+    ) -> ModelOutputs:
+        """Run a batch, without gradients; what comes out may be used where there are some.
+
+        layers: indices of the hidden states to keep, in this order, from 0, the embeddings, or from the end; None keeps
+        all, () none. logits=False spares their memory. An empty batch gives tensors of the same kind, without a row.
+        Raises ValueError for a batch that does not fit the model, and for a layer that it does not have.
+        """
+        tensors = self._checked(batch)
+        with torch.no_grad():
+            if tensors["input_ids"].numel():
+                return self._run(tensors, layers, logits)
+            if len(tensors["input_ids"]):
+                raise ValueError(f"{len(tensors['input_ids'])} texts without a token cannot be run; tokenize pads them")
+            one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            outputs = self._run({"input_ids": one, "attention_mask": one + 1}, layers, logits)
+        return outputs.map(_without_rows)
+
+    def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
+        raise NotImplementedError
+
+    def _call(self, batch: Mapping[str, Any]) -> Any:
+        """Transformers' own outputs."""
+        return self.model(
+            **batch, output_hidden_states=True, output_attentions=self.capture_attentions, return_dict=True
+        )
+
+    def _accepts(self, argument: str) -> bool:
+        return argument in inspect.signature(self.model.forward).parameters
+
+    def _captured(self, **attentions: States | None) -> dict[str, States]:
+        """The weights by name, if they were to be captured. Raises ValueError for a model that has none to give."""
+        if not self.capture_attentions:
+            return {}
+        missing = [name for name, weights in attentions.items() if not weights or any(w is None for w in weights)]
+        if missing:
+            raise ValueError(f"{type(self.model).__name__} gives no {', '.join(missing)}")
+        return {name: tuple(weights) for name, weights in attentions.items()}
+
+    def iterate(
+        self,
+        texts: str | Iterable[str],
+        batch_size: int = 32,
+        layers: Sequence[int] | None = None,
+        to_cpu: bool = True,
+        *,
+        logits: bool = True,
+        **options: Any,
+    ) -> Iterator[ModelOutputs]:
+        """`forward` over any number of texts, from a generator too, batch by batch: one is held at a time.
+
+        `options` are those of `tokenize`. How far it has come is for the caller to count.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self._require_open()
+
+        def batches() -> Iterator[ModelOutputs]:
+            rest = iter([texts] if isinstance(texts, str) else texts)
+            while part := list(islice(rest, batch_size)):
+                outputs = self.forward(self.tokenize(part, **options), layers=layers, logits=logits)
+                outputs = outputs.map(Tensor.cpu) if to_cpu else outputs
+                yield outputs
+                del outputs  # or two batches would be held while the next one is made
+
+        return batches()
+
+    def embed(
+        self,
+        texts: str | Iterable[str],
+        pooling: str | None = None,
+        normalize: bool = True,
+        layer: int = -1,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """One vector for each text, (B, C) in float32 on the CPU, from the encoder where there is one.
+
+        pooling: "mean", "cls" (the first token) or "last" of the tokens that are no padding; None: what the model was
+        trained with if sentence-transformers' files say so (with its maximal length and its dense layer), else "mean".
+        normalize: to length 1. A text without tokens is a vector of zeros. layer: as in `forward`.
+        """
+        if pooling not in (None, *sentences.POOLINGS):
+            raise ValueError(f"pooling={pooling} is none of {', '.join(sentences.POOLINGS)}")
+        recipe = sentences.Recipe(pooling) if pooling else sentences.read_recipe(self.folder)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [text.lower() for text in texts] if recipe.lower else texts
+        limits = [n for n in (recipe.max_length, self.max_length) if n]
+        options = {"max_length": min(limits)} if limits else {}
+
+        def vectors(outputs: ModelOutputs) -> Tensor:
+            states = outputs.encoder_hidden_states or outputs.decoder_hidden_states
+            x = sentences.pool(states[0], outputs.attention_mask, recipe.pooling)
+            for dense in recipe.dense:
+                x = dense(x)
+            return (F.normalize(x, dim=1) if normalize else x).cpu()
+
+        if not texts:
+            return vectors(self.forward(self.tokenize([]), layers=(layer,), logits=False))
+        runs = self.iterate(texts, batch_size, (layer,), to_cpu=False, logits=False, **options)
+        return torch.cat(list(map(vectors, runs)))
+
+
+def _without_rows(x: Tensor) -> Tensor:
+    """Of one text of one token, nothing: as many dimensions, none of them along texts or tokens longer than 0."""
+    return x[:0] if x.dim() == 2 and x.is_floating_point() else x[:0, ..., :0, :0] if x.dim() == 4 else x[:0, :0]
+
+
+def _kept(states: Sequence[Tensor], layers: Sequence[int] | None) -> States:
+    if layers is None:
+        return tuple(states)
+    wrong = [layer for layer in layers if not -len(states) <= layer < len(states)]
+    if wrong:
+        raise ValueError(f"layers={list(layers)}: the model has hidden states 0 to {len(states) - 1}")
+    return tuple(states[layer] for layer in layers)
+
+
+class EncoderModelRunner(BaseModelRunner):
+    """BERT and its relatives. extra: pooler_output where the checkpoint has a pooler and no head; attentions.
+
+    Texts are padded on the right, as their tokenizers do: most count positions from the first column, padding or not.
+    """
+
+    arch = ENCODER
+    takes = ("input_ids", "attention_mask", "token_type_ids")
+
+    def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
+        taken = {key: value for key, value in batch.items() if key != "token_type_ids" or self._accepts(key)}
+        found = self._call(taken)
+        extra = self._captured(attentions=getattr(found, "attentions", None))
+        pooled = getattr(found, "pooler_output", None)
+        return ModelOutputs(
+            batch["input_ids"],
+            batch["attention_mask"],
+            getattr(found, "logits", None) if logits else None,
+            _kept(found.hidden_states, layers),
+            None,
+            extra | ({} if pooled is None else {"pooler_output": pooled}),
+        )
+
+
+class DecoderModelRunner(BaseModelRunner):
+    """Causal language models: our GPT where it computes them, else Transformers'. extra: attentions.
+
+    Padding, on either side, is not seen and has no position, whatever the model.
+    """
+
+    arch = DECODER
+
+    def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if isinstance(self.model, GPT):
+            states: list[Tensor] = []
+            weights: list[Tensor] | None = [] if self.capture_attentions else None
+            self.model(ids, attention_mask=None if mask.all() else mask, hidden_states=states, attentions=weights)
+            # forward projects the last position only, or computes a loss too, which would need the memory twice.
+            found = self.model.project(states[-1]) if logits else None
+        else:
+            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._accepts("position_ids") else {}
+            few = {"logits_to_keep": 1} if not logits and self._accepts("logits_to_keep") else {}
+            outputs = self._call({"input_ids": ids, "attention_mask": mask, **positions, **few, "use_cache": False})
+            states, weights = outputs.hidden_states, getattr(outputs, "attentions", None)
+            found = getattr(outputs, "logits", None) if logits else None
+        return ModelOutputs(ids, mask, found, None, _kept(states, layers), self._captured(attentions=weights))
+
+
+class Seq2SeqModelRunner(BaseModelRunner):
+    """Encoder-decoder models. Logits and the decoder's states are (B, U, .) for U decoder tokens.
+
+    The decoder reads decoder_input_ids if the batch has them, else labels (or targets) shifted right behind the start
+    token, else the start token alone: nothing is generated unasked. tokenize(texts, text_target=texts) makes labels.
+    extra: decoder_input_ids, and encoder_attentions, decoder_attentions and cross_attentions.
+    """
+
+    arch = SEQ2SEQ
+    takes = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "targets")
+
+    def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
+        decoder = {"decoder_input_ids": self._decoder_input_ids(batch)}
+        if "decoder_attention_mask" in batch:
+            decoder["decoder_attention_mask"] = batch["decoder_attention_mask"]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        found = self._call({"input_ids": ids, "attention_mask": mask, **decoder, "use_cache": False})
+        names = ("encoder_attentions", "decoder_attentions", "cross_attentions")
+        return ModelOutputs(
+            ids,
+            mask,
+            getattr(found, "logits", None) if logits else None,
+            _kept(found.encoder_hidden_states, layers),
+            _kept(found.decoder_hidden_states, layers),
+            decoder | self._captured(**{name: getattr(found, name, None) for name in names}),
+        )
+
+    def _decoder_input_ids(self, batch: Mapping[str, Tensor]) -> Tensor:
+        given = [key for key in ("decoder_input_ids", "labels", "targets") if key in batch]
+        if len(given) > 1:
+            raise ValueError(f"a batch has one of {', '.join(given)}: each says what the decoder reads")
+        if given == ["decoder_input_ids"]:
+            return batch["decoder_input_ids"]
+        config, rows = self.model.config, len(batch["input_ids"])
+        ids = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+        start = next((i for i in ids if i is not None), None)
+        if start is None:
+            raise ValueError(
+                f"{self.folder / CONFIG} names no token that a decoder starts from; give decoder_input_ids"
+            )
+        column = torch.full((rows, 1), start, device=self.device)
+        if not given:
+            return column
+        labels = batch[given[0]]
+        filled = labels.masked_fill(labels < 0, self.tokenizer.pad_token_id)  # -100: no loss there
+        return torch.cat([column, filled[:, :-1]], dim=1)
+
+
+RUNNERS = {runner.arch: runner for runner in (EncoderModelRunner, DecoderModelRunner, Seq2SeqModelRunner)}
+
+
+def load_model(
+    key_or_path: str | Path,
+    device: str | int | torch.device | None = "cpu",
+    *,
+    dtype: str | torch.dtype | None = None,
+    capture_attentions: bool = False,
+    quantization: str | None = None,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
+    local_files_only: bool = True,
+    revision: str | None = None,
+    local_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    load_config: Mapping[str, Any] | None = None,
+) -> BaseModelRunner:
+    """The runner for a name of the catalogue, a name in models/, a folder, or a hub id; resolve.py finds it.
+
+    dtype: as `resolve_dtype` has it; None: the recipe's, but float32 for float16 on a CPU, where that is slow, and for
+    T5 a type that does not overflow. quantization: "8bit" or "4bit", through bitsandbytes; None: the recipe's; "none".
+    tokenizer_kwargs: for making the tokenizer or, where they are options of its call, for every `tokenize`.
+    Raises FileNotFoundError, with every place looked at, where the model is not found; ValueError, as `loading.load`.
+    """
+    spec = find_spec(str(key_or_path))
+    folder = find_model(key_or_path, local_path=local_path, revision=revision, local_files_only=local_files_only).path
+    runner = RUNNERS[loading.read_arch(folder, spec and spec.arch)]
+    return runner(
+        folder,
+        spec,
+        device=device,
+        dtype=dtype,
+        capture_attentions=capture_attentions,
+        quantization=quantization,
+        tokenizer_kwargs=tokenizer_kwargs,
+        trust_remote_code=trust_remote_code,
+        load_config=load_config,
+    )

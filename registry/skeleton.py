@@ -1,0 +1,143 @@
+"""The model in a folder without its weights: the module on the meta device, in the precision of the files.
+
+It is built from config.json (or model_args.json); of safetensors only the headers are read, which are checked against
+it where the model is one of ours. So a folder with a configuration and no weights, or with an index whose shards are
+elsewhere, does too. What loading.py would load as our GPT is our GPT here; anything else is Transformers' class.
+Weights in a .bin have no header, and are opened where a head must be looked for. Quantised ones count as if they were
+not.
+"""
+
+import json
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import families
+import files
+import hub
+from model import GPT, GPTConfig
+from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
+from registry import loading
+from weights import build_model, read_checkpoint
+
+STORED_DTYPES = {name: dtype for dtype, name in hub.DTYPES.items()}
+
+
+def skeleton(folder: str | Path) -> nn.Module:
+    """The model in a folder, without numbers. Raises FileNotFoundError or ValueError where none can be told."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if status(folder):
+        return _of_ours(folder)
+    hf = hub.read_json(folder / CONFIG)
+    try:
+        covered = loading.is_covered(folder)
+    except FileNotFoundError:  # no file to look for a head in, and all else is covered
+        covered = True
+    stored = headers(folder)
+    if not covered:
+        model = _of_transformers(folder, hf)
+    elif stored:
+        model = _checked(folder, hf, stored)
+    else:
+        with torch.device("meta"):
+            model = GPT(families.read_config(hf, folder / CONFIG))
+    return model.to(_dtype(hf, stored)).eval()
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash of what describes the model and of the names and sizes of its weights: it changes when the model does."""
+    folder, digest = Path(folder), sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in (CONFIG, MODEL_ARGS, TOKENIZER):
+            digest.update(path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin", ".pt"):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder: str | Path) -> str | None:
+    path = Path(folder) / TOKENIZER
+    return sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def headers(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]] | None:
+    """Shape and dtype of every tensor in a folder's safetensors, or None where they are not all there.
+
+    A file begins with the length of its header, 8 bytes, and the header, which is JSON; dtypes that no weights that
+    compute here have are None.
+    """
+    try:
+        paths = [path for path in hub.weight_files(folder) if path.suffix != ".json"]
+    except FileNotFoundError:
+        return None
+    if any(path.suffix != ".safetensors" for path in paths):
+        return None
+    found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                content = json.loads(file.read(min(length, path.stat().st_size)))
+            content.pop("__metadata__", None)
+            found |= {name: (tuple(t["shape"]), STORED_DTYPES.get(t["dtype"])) for name, t in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no sound safetensors file: its header does not read") from None
+    return found
+
+
+def _dtype(hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]] | None) -> torch.dtype:
+    """The precision of most tensors of the files, else what the configuration says, else float32."""
+    common = Counter(dtype for _, dtype in (stored or {}).values() if dtype in families.DTYPES).most_common(1)
+    places = (hf, hf.get("text_config") or {})
+    name = next((where[key] for where in places for key in ("dtype", "torch_dtype") if where.get(key)), None)
+    said = getattr(torch, str(name), None)
+    return common[0][0] if common else said if said in families.DTYPES else torch.float32
+
+
+def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> GPT:
+    """A GPT whose tensors have the names and shapes of a file's. Raises ValueError for a file that is another model's.
+
+    It is loaded like any other, from tensors that are one zero each, stretched to their shape.
+    """
+    config = families.read_config(hf, folder / CONFIG)
+    kind = "gemma3_text" if hf["model_type"] == families.WRAPPER else hf["model_type"]
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+        return torch.zeros((), dtype=dtype or torch.int8).expand(shape)
+
+    tensors = {name: hub.Stored(shape, lambda s=shape, d=dtype: zeros(s, d)) for name, (shape, dtype) in stored.items()}
+    return families.load_state(config, families.FAMILIES[kind], tensors, folder, device="meta")
+
+
+def _of_ours(folder: Path) -> GPT:
+    path = files.find(folder, MODEL_ARGS)
+    if not path.exists():  # nanoGPT's ckpt.pt alone
+        with open(folder / WEIGHTS, "rb") as file:
+            return build_model(read_checkpoint(file, folder / WEIGHTS, "meta"), folder / WEIGHTS).eval()
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**hub.read_json(path)))
+    except TypeError as error:
+        raise ValueError(f"{path} describes a model this version does not know: {error}") from None
+    hf = hub.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return model.to(_dtype(hf, headers(folder))).eval()
+
+
+def _of_transformers(folder: Path, hf: dict[str, Any]) -> nn.Module:
+    transformers = loading.import_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named = next((getattr(transformers, name, None) for name in hf.get("architectures") or ()), None)
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return named(config)
+            return transformers.AutoModel.from_config(config)
+    except Exception as error:  # the library has many, of its own and of others
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{folder} describes no model that Transformers or our GPT can build: {first}") from error
