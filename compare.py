@@ -41,6 +41,7 @@ from distributed import Ranks
 from model import GPT
 from model_directory import is_lora, read_about
 from preflight import find_dataset
+from registry.resolve import folder_of
 from sample import find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer
 
@@ -113,6 +114,7 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is to be told. Raises ValueError or OSError for what a user can cause, most of it at once."""
     check(arguments)
+    arguments.a, arguments.b = folder_of(arguments.a), folder_of(arguments.b)
     prompts = [read_prompt(prompt) for prompt in arguments.prompt]
     keep_freed_memory()
     device, dtype = pick_device(arguments.device), DTYPES[arguments.dtype]
@@ -146,7 +148,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def places_of_bases(arguments: argparse.Namespace) -> list[str | None]:
     """--base for A and for B: for whichever misses its base, or else for every LoRA directory of the two."""
-    paths, places = (Path(arguments.a), Path(arguments.b)), [None, None]
+    paths, places = (arguments.a, arguments.b), [None, None]
     about = [read_about(path) or {} for path in paths]
     adapted = [i for i in (0, 1) if is_lora(about[i])]
     missing = [i for i in adapted if not (paths[i] / about[i]["base"]["path"]).exists()]
@@ -158,7 +160,7 @@ def places_of_bases(arguments: argparse.Namespace) -> list[str | None]:
 
 
 def load(
-    letter: str, path: str, base: str | None, fallback: str | None, device: torch.device, dtype: torch.dtype
+    letter: str, path: Path, base: str | None, fallback: str | None, device: torch.device, dtype: torch.dtype
 ) -> Side:
     model, metadata = CheckpointManager.load_model(path, device, base=base)
     if lora.adapter_names(model):

@@ -22,6 +22,7 @@ from torch import Tensor
 import files
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
+from registry.resolve import folder_of
 from tokenizer import EOT, ForeignTokenizer, Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
     arguments = parser.parse_args()
     try:
-        print(to_gguf(arguments.directory, arguments.out, arguments.dtype, arguments.base))
+        print(to_gguf(folder_of(arguments.directory), arguments.out, arguments.dtype, arguments.base))
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,9 @@ from torch import Tensor
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+# What is downloaded of a model: no weights in another format twice. A folder with a number is sentence-transformers'.
+WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]
+
 # A safetensors header names its types in letters of its own.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -48,7 +51,7 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files
         raise FileNotFoundError(f"there is no folder {folder}; hub ids need the package huggingface_hub") from None
     fetch = partial(snapshot_download, str(path_or_hub_id), revision=revision, local_files_only=local_files_only)
     try:
-        folder = Path(fetch(allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.txt"]))
+        folder = Path(fetch(allow_patterns=WANTED))
         if not any((folder / name).exists() for name in WEIGHTS):
             fetch(allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:

@@ -29,6 +29,7 @@ from model import GPT, GPTConfig
 from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, status
 from naming import ModelName, size_label
 from preflight import ROOT, dataset_directory, find_dataset, foreign_files
+from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
 SEQUENCES, LENGTH = 4, 256  # tokens to compare logits on: few, for a vocabulary may have 262,144 entries
@@ -52,7 +53,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        print(merge(arguments.directory, arguments.destination, arguments.base, arguments.dtype, arguments.data))
+        print(
+            merge(
+                folder_of(arguments.directory), arguments.destination, arguments.base, arguments.dtype, arguments.data
+            )
+        )
     except (ValueError, OSError) as error:
         print(f"merge_lora.py: {error}", file=sys.stderr)
         return 1

@@ -450,8 +450,8 @@ class GPT(Generation, nn.Module):
         if cache is not None:
             cache.length += T
         if targets is None:
-            return self._project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
-        logits = self._project(x)
+            return self.project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
+        logits = self.project(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
         return logits, loss
 
@@ -461,7 +461,8 @@ class GPT(Generation, nn.Module):
             return self.transformer.drop(x + self.transformer.wpe(positions))
         return x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype) if self.config.scaled_embeddings else x
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, C), behind the final norm, to logits (B, T, V)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from registry.catalogue import find_spec
-from registry.resolve import find_model
+from registry.resolve import folder_of
 from tokenizer import Tokenizer
 from weights import build_model, reshaped
 
@@ -96,12 +96,11 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
 
 def located(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with the folder of the model that `init_from` names, and what others call that model."""
-    path = Path(config.init_from).expanduser()
-    if path.exists() or (len(path.parts) > 1 and path.parent.is_dir()):
+    path, spec = folder_of(config.init_from, local_files_only=config.local_files_only), find_spec(config.init_from)
+    if path == Path(config.init_from).expanduser():
         return config, config.init_from
-    found, spec = find_model(config.init_from, local_files_only=config.local_files_only), find_spec(config.init_from)
-    on_the_hub = spec.hf_id if spec else config.init_from
-    return replace(config, init_from=str(found.path)), on_the_hub if found.revision else str(found.path)
+    in_cache = path.parent.name == "snapshots"
+    return replace(config, init_from=str(path)), (spec.hf_id if spec else config.init_from) if in_cache else str(path)
 
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:

@@ -16,6 +16,7 @@ import torch
 import lora
 from checkpoint import TOKENIZER, CheckpointManager
 from device import DTYPES, pick_device
+from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
 
@@ -23,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("directory", help="model directory, or a ckpt.pt")
+    parser.add_argument("directory", help="model directory, a ckpt.pt, or a name that `python -m registry list` has")
     parser.add_argument("--prompt", help="text, or FILE:PATH; from stdin when that is no terminal; else end of text")
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts, one after another (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation, tokens (default 200)")
@@ -51,7 +52,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.num_samples < 1 or arguments.max_new_tokens < 1:
         raise ValueError("--num_samples and --max_new_tokens must be at least 1")
     device = pick_device(arguments.device)
-    model, metadata = CheckpointManager.load_model(arguments.directory, device, base=arguments.base)
+    model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=DTYPES[arguments.dtype])  # generates faster, and rounds once
     tokenizer = find_tokenizer(arguments.tokenizer, metadata)

@@ -12,7 +12,7 @@ examples:
   python -m registry where gpt2-offline             where it lies, and where else it was looked for
   python -m registry show models/NAME               what a model of yours is made of
   python -m registry parts gpt2-offline
-  python -m registry compare gpt2-offline models/NAME
+  python -m registry compare gemma3-270m gemma3-1b --plot two.png    presets need no files
   python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
 
 Every command prints JSON with --json, an object with the key "error" where it fails. It exits with 1 then.
@@ -37,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({"error": str(error), **getattr(error, "data", {})}, indent=2))
         print(f"python -m registry {chosen.command}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(data, indent=2) if chosen.json else text)
+    try:
+        print(json.dumps(data, indent=2) if chosen.json else text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stdout = None
     return 0
 
 

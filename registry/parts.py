@@ -25,8 +25,11 @@ from torch import nn
 
 import files
 import hub
+from configurator import PRESETS
+from model import GPT, GPTConfig
 from model_directory import status
 from registry import comparison, loading, picture
+from registry.catalogue import MINI_LM
 from registry.decompose import (
     Layout,
     ModelDecomposer,
@@ -37,7 +40,8 @@ from registry.decompose import (
     unregister_decomposer,
 )
 from registry.describe import oriented
-from registry.resolve import as_table, find_model
+from registry.names import get_model
+from registry.resolve import ModelNotFoundError, as_table, find_model
 from registry.skeleton import fingerprint, skeleton, tokenizer_hash
 from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType, from_json, to_json
 
@@ -264,12 +268,17 @@ def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
     return spec
 
 
+def on_meta(config: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config)
+
+
 # ---- commands
 
 
 def add_commands(commands: Any) -> None:
     """`show`, `parts` and `compare`, for the argparse sub-parsers of __main__.py."""
-    what = "a folder, an id of a ModelRegistry, or any name that `where` knows"
+    what = "a folder, an id of a ModelRegistry, any name that `where` knows, or a preset of train.py's"
     show = commands.add_parser("show", help="what a model is made of, in a screenful")
     parts = commands.add_parser("parts", help="every part of a model: its path, sizes and parameters")
     compare = commands.add_parser("compare", help="how two models differ, and which parts of one fit in the other")
@@ -285,7 +294,8 @@ def add_commands(commands: Any) -> None:
 
 
 def spec_of(name: str) -> ModelSpec:
-    """What a model is made of by the name a user gives: a folder first, then an id in the cache, then find_model's.
+    """What a model is made of by the name a user gives: a folder first, then an id in the cache, then find_model's,
+    then what is made here, a preset's architecture or MiniLM.
 
     Nothing is written. An id whose folder has changed since is taken apart anew.
     """
@@ -293,7 +303,12 @@ def spec_of(name: str) -> ModelSpec:
         return describe_folder(name)
     spec = ModelRegistry().get_spec(name)
     if spec is None:
-        return describe_folder(name)
+        try:
+            return describe_folder(name)
+        except ModelNotFoundError as error:
+            if error.binding or not (name in PRESETS or name == MINI_LM):
+                raise
+        return decompose(get_model(name) if name == MINI_LM else on_meta(PRESETS[name]), name)
     if spec.directory and Path(spec.directory).is_dir() and fingerprint(spec.directory) != spec.fingerprint:
         return describe_folder(spec.directory, name)
     return spec

@@ -125,6 +125,16 @@ def find_model(
     return Resolution(str(name), found, tuple(trace))
 
 
+def folder_of(name: str | Path, **options: Any) -> Path:
+    """What a script's argument means: a path that is there, else what `find_model` has by this name.
+
+    Where a path's last part alone is wrong, it stays: whoever opens it can say what lies beside.
+    """
+    path = _expanded(name)
+    is_path = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+    return path if is_path else find_model(name, **options).path
+
+
 def _remedies(name: str | Path, spec: catalogue.ModelSpec | None, local_files_only: bool) -> str:
     if name == catalogue.MINI_LM:
         return f"{name} lies nowhere: get_model makes it"

@@ -1000,3 +1000,9 @@ def test_nothing_optional_is_needed_for_a_covered_family(saved):
         "llama torch.Size([24, 40])",
         "a picture needs the package matplotlib: pip install matplotlib",
     ], result.stderr
+
+
+def test_a_preset_and_the_test_model_are_taken_apart_without_any_files(tmp_path):
+    text, data = command("compare", "gemma3-270m", "gemma3-1b", "--plot", tmp_path / "two.png")
+    assert data["num_layers"] == [18, 26] and "268,098,176" in text and (tmp_path / "two.png").stat().st_size > 10_000
+    assert command("show", "MiniLM")[1]["hidden_dim"] == 32

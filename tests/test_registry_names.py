@@ -886,3 +886,10 @@ def test_every_public_name_is_exported_and_there():
         assert getattr(registry, name) is not None
     assert sorted(registry.__all__) == registry.__all__
     assert names.GROUP == "nanoforge.models"
+
+
+def test_reading_half_of_the_output_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m registry list | true", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""

@@ -1,6 +1,7 @@
 """sample.py: prompts from everywhere, streaming, and refusals of one sentence."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_half_precision_is_on_request(trained, script):
 def test_what_cannot_be_is_one_sentence_and_exit_code_1(trained, script, arguments, words):
     done = script("sample.py", trained, *(("--prompt", "x") if "--prompt" not in arguments else ()), *arguments)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_is_also_found_by_its_name(trained, script):
+    greedy = ("--prompt", "the", "--temperature", 0, "--max_new_tokens", 5)
+    by_path, by_name = script("sample.py", trained, *greedy), script("sample.py", "run", *greedy, cwd=trained.parent)
+    environment = {**os.environ, "NANOFORGE_GPT2_PATH": str(trained)}
+    by_variable = script("sample.py", "gpt2-offline", *greedy, env=environment)
+    assert by_path.stdout == by_name.stdout == by_variable.stdout != ""
 
 
 def test_a_directory_that_is_not_there_is_one_sentence(script, tmp_path):
