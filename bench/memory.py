@@ -1,0 +1,195 @@
+"""Peak memory of real training runs beside what `python -m registry memory` says of them.
+
+    python bench/memory.py
+    python bench/memory.py --rounds 5 --only small --json result.json
+
+Every run is a fresh process that makes three steps of train.py's Trainer on random token ids. Its peak is counted from
+what the process held before, libraries loaded and a tiny model trained. docs/memory.md says what the columns mean.
+"""
+
+import argparse
+import ctypes
+import json
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
+
+import numpy as np
+import torch
+
+from bench.train_speed import CPU, peak_memory
+from configurator import PRESETS, RunConfig
+from data.tokens import Dataset
+from device import autocast
+from distributed import Ranks
+from files import write_atomic
+from lora import LoRAConfig, apply_lora
+from model import GPT, GPTConfig
+from preflight import Start
+from registry.memory import PROCESS, Estimate, estimate
+from train import Trainer, build_optimizer, set_up
+
+MB = 10**6
+M_MMAP_THRESHOLD = -3  # from malloc.h
+
+
+class Run(NamedTuple):
+    name: str
+    architecture: GPTConfig
+    rank: int | None  # of LoRA; None: full training
+    batch_size: int
+    block_size: int
+    dtype: str
+    micro_batches: int = 2
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        return LoRAConfig(self.rank) if self.rank else None
+
+    def estimate(self) -> Estimate:
+        return estimate(
+            self.architecture,
+            lora=self.lora,
+            batch_size=self.batch_size,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            gradient_accumulation_steps=self.micro_batches,
+            cuda=False,
+        )
+
+
+# Few tokens in the vocabulary, so that layers and not logits fill the memory.
+DEEP = {"vocab_size": 2048, "n_layer": 8, "n_embd": 512, "n_head": 8, "block_size": 512}
+DEEP_GPT2 = replace(PRESETS["small"], **DEEP)
+DEEP_LLAMA = replace(PRESETS["modern"], **DEEP, n_kv_head=2, n_inner=1408)
+MEDIUM = replace(PRESETS["medium"], block_size=256)
+RUNS = [
+    *(
+        Run(preset, PRESETS[preset], rank, 4, 256, dtype)
+        for preset in ("small", "modern")
+        for rank in (None, 8)
+        for dtype in ("float32", "bfloat16")
+    ),
+    Run("small", PRESETS["small"], None, 1, 256, "float32"),
+    Run("small", PRESETS["small"], None, 8, 256, "bfloat16"),
+    Run("small", PRESETS["small"], None, 4, 256, "bfloat16", micro_batches=1),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "float32"),
+    Run("deep gpt2", DEEP_GPT2, 8, 4, 512, "bfloat16"),
+    Run("deep llama", DEEP_LLAMA, None, 4, 512, "bfloat16"),
+    Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32"),
+    Run("medium", MEDIUM, None, 2, 256, "bfloat16"),
+    Run("medium", MEDIUM, 16, 2, 256, "float32"),
+    Run("gemma3-270m", PRESETS["gemma3-270m"], 8, 1, 256, "float32"),
+    Run("gemma3-270m", PRESETS["gemma3-270m"], 8, 1, 256, "bfloat16"),
+]
+
+
+def measure(run: Run, kept: bool = True, steps: int = 3) -> tuple[int, int]:
+    """(bytes held before, bytes more than that at the peak), in this process, which must be a fresh one.
+
+    Not `kept`: every buffer is its own mapping, which ends when the buffer does, and nothing else fills memory.
+    """
+    _train_a_tiny_model(run.dtype)
+    idle = _resident()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.micro_batches, "out_dir": folder}
+        config = RunConfig(**settings, dtype=run.dtype, device="cpu", compile="false")
+        config = config.resolved(run.architecture, block_size=run.block_size)
+        count = steps * run.micro_batches * run.batch_size * run.block_size + run.block_size + 1
+        ids = np.random.default_rng(0).integers(run.architecture.vocab_size, size=count)
+        absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
+        fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": run.architecture.vocab_size}
+        dataset = Dataset(directory=Path(folder), **fields, **dict.fromkeys(absent))
+        if not kept:
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        model = GPT(run.architecture)
+        if run.lora:
+            apply_lora(model, run.lora)
+        start = Start(config, dataset, Path(folder), model)
+        trainer = set_up(start, Ranks())[0] if kept else Trainer(start, CPU, Ranks())
+        for _ in range(steps):
+            trainer.step()
+    return idle, peak_memory() - idle
+
+
+def _train_a_tiny_model(dtype: str) -> None:
+    """Whatever is loaded at the first step is loaded now."""
+    config = RunConfig(preset="modern", n_layer=1, n_head=1, n_embd=8, block_size=8)
+    model = GPT(replace(config.model_config(64), n_kv_head=1))
+    optimizer, ids = build_optimizer(model, config), torch.zeros(2, 8, dtype=torch.long)
+    with autocast(CPU, dtype):
+        _, loss = model(ids, ids)
+    loss.backward()
+    optimizer.step()
+
+
+def _resident() -> int:
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def in_fresh_process(run: Run, kept: bool = True) -> tuple[int, int]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, run, kept).result()
+
+
+def compare(run: Run, rounds: int) -> dict[str, Any]:
+    found = run.estimate()
+    idle, buffers = in_fresh_process(run, kept=False)
+    peaks = [in_fresh_process(run)[1] for _ in range(rounds)]
+    return {
+        "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}",
+        "batch": f"{run.micro_batches} x {run.batch_size} x {run.block_size}",
+        "idle": idle,
+        "buffers": buffers,
+        "buffers_estimated": found.total - found["overhead"],
+        "peaks": peaks,
+        "peak_estimated": found.total - PROCESS,
+    }
+
+
+HEADS = ("run", "batch", "buffers, MB", "estimate", "off by", "peaks, MB", "median", "estimate", "off by")
+
+
+def line(row: dict[str, Any]) -> str:
+    middle = median(row["peaks"])
+    peaks = f"{min(row['peaks']) / MB:,.0f} - {max(row['peaks']) / MB:,.0f}"
+    buffers = (row["buffers"], row["buffers_estimated"])
+    cells = (row["run"], row["batch"], *_pair(*buffers), peaks, *_pair(middle, row["peak_estimated"]))
+    return f"| {' | '.join(cells)} |"
+
+
+def _pair(measured: float, estimated: float) -> tuple[str, str, str]:
+    return f"{measured / MB:,.0f}", f"{estimated / MB:,.0f}", f"{estimated / measured - 1:+.1%}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each run (3)")
+    parser.add_argument("--only", default="", help="runs whose name begins like this")
+    parser.add_argument("--json", help="file for the raw numbers, in bytes")
+    options = parser.parse_args()
+    rows = []
+    print(f"| {' | '.join(HEADS)} |\n| --- | --- |{' ---: |' * 7}", flush=True)
+    for run in (run for run in RUNS if run.name.startswith(options.only)):
+        rows.append(compare(run, options.rounds))
+        print(line(rows[-1]), flush=True)
+    if options.json:
+        write_atomic(Path(options.json), json.dumps(rows, indent=1).encode())
+    single = [row["peak_estimated"] / peak - 1 for row in rows for peak in row["peaks"]]
+    within, idle = sum(abs(error) <= 0.15 for error in single), median(row["idle"] for row in rows)
+    print(
+        f"\n{within} of {len(single)} peaks are within 15 % of the estimate; idle, a process holds {idle / MB:,.0f} MB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,494 @@
+"""How much memory a run needs, before it runs, and on which devices it fits. GB are 1e9 bytes here, as on a card's box.
+
+    python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
+    python -m registry memory small --batch_size 16 --block_size 256 --dtype fp32
+    python -m registry memory models/NAME --generate --batch_size 4
+    python -m registry memory --table
+
+The step of train.py is rehearsed on tensors without numbers (rehearsal.py), so what is counted is what the model, LoRA,
+autocast and AdamW allocate, at the fullest moment. To that come what a process and its heap, or a card, take for
+themselves. docs/memory.md has measured peaks beside the sum. It is that of eager PyTorch: what torch.compile, the
+default on a GPU, saves of it is not counted.
+"""
+
+import argparse
+import ast
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import PRESETS, RunConfig
+from device import DTYPES
+from lora import LoRAConfig
+from model import GPT, GPTConfig, KVCache
+from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
+from preflight import LONGEST_UNASKED
+from registry.heap import heap_peak
+from registry.rehearsal import (
+    ACTIVATIONS,
+    CACHE,
+    COPIES,
+    GRADIENTS,
+    LOGITS,
+    OPTIMIZER,
+    Rehearsal,
+    rehearse_generation,
+    rehearse_step,
+    with_batch,
+)
+from registry.resolve import as_table, find_model
+from registry.skeleton import skeleton
+
+GB = 10**9
+CARDS = (11, 24, 48, 80, 141)  # GB
+SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in DTYPES}
+AXES = ("dp", "fsdp", "tp")
+
+PROCESS = 380 * 10**6  # what a process holds that has imported train.py and trained a tiny model; measured
+CONTEXT = 600 * 10**6  # what CUDA and its libraries take of a card; assumed, for want of a card to measure it on
+ROUNDING = 0.05  # of the buffers, what PyTorch's allocator on CUDA loses between them; assumed
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    size: int  # bytes, on one device
+    source: str  # what it is computed from
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one device, or process, holds at the fullest moment."""
+
+    items: tuple[Item, ...]
+    parameters: int  # of the whole model, adapters included
+    trainable: int
+
+    @property
+    def total(self) -> int:
+        return sum(item.size for item in self.items)
+
+    def __getitem__(self, name: str) -> int:
+        """Bytes of one item: weights, copies, gradients, optimizer, activations, logits, cache or overhead."""
+        return next(item.size for item in self.items if item.name == name)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices in a grid. `batch_size` is that of them all.
+
+    dp: each holds the whole model, and its share of the batch. torchrun's processes are these; DistributedDataParallel
+        keeps every gradient twice, in .grad and in a bucket.
+    fsdp: each has its share of the batch, and of every weight, gradient and moment. Of the weights in use, two layers'
+        are gathered at a time, one that computes and one that is fetched, in the dtype of the products.
+    tp: each computes a share of the heads, of the MLP's width and of the vocabulary, with that share of the weights;
+        norms and what flows between blocks are the same on all. A key and value head that is too few is on several.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def parse(cls, shape: Sequence | str | None) -> "Mesh":
+        """From [[sizes], [names]]. Raises ValueError for anything else, and for an axis that is none of AXES."""
+        if shape is None:
+            return cls()
+        try:
+            sizes, names = ast.literal_eval(shape) if isinstance(shape, str) else shape
+            pairs = list(zip(sizes, names, strict=True))
+        except (ValueError, TypeError, SyntaxError):
+            raise ValueError(f"mesh_shape={shape} must be [[sizes], [names]], as [[2, 2], ['fsdp', 'tp']]") from None
+        problems = [f"axis {name!r} is none of {', '.join(AXES)}" for _, name in pairs if name not in AXES]
+        problems += [
+            f"{name}={size!r} must be a whole number above 0"
+            for size, name in pairs
+            if type(size) is not int or size < 1
+        ]
+        if len(set(map(str, names))) < len(pairs):
+            problems.append("every axis can be there once")
+        if problems:
+            raise ValueError(f"mesh_shape={shape}: {'; '.join(problems)}")
+        return cls(**{name: size for size, name in pairs})
+
+    @property
+    def devices(self) -> int:
+        return self.dp * self.fsdp * self.tp
+
+    @property
+    def readers(self) -> int:
+        """Among how many a batch is divided."""
+        return self.dp * self.fsdp
+
+    def own(self, config: GPTConfig) -> GPTConfig:
+        """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it."""
+        if self.tp == 1:
+            return config
+        if config.block == "gpt2":
+            raise ValueError(
+                f"tp={self.tp} is for llama blocks; GPT-2's fused projection of queries, keys and values has one size"
+            )
+        kv = config.kv_heads // self.tp if config.kv_heads % self.tp == 0 else 1
+        problems = [
+            f"tp={self.tp} does not divide {name}={size}"
+            for name, size in (("n_head", config.n_head), ("n_inner", config.inner))
+            if size % self.tp
+        ]
+        if kv == 1 and self.tp % config.kv_heads:
+            problems.append(f"tp={self.tp} and n_kv_head={config.kv_heads}: one must divide the other")
+        if problems:
+            raise ValueError("; ".join(problems))
+        shares = {"n_head": config.n_head // self.tp, "n_kv_head": kv, "n_inner": config.inner // self.tp}
+        return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / self.tp), **shares)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to count: all that an estimate depends on but the batch. Raises ValueError for what cannot be."""
+
+    config: GPTConfig
+    lora: LoRAConfig | None = None
+    block_size: int = LONGEST_UNASKED  # tokens of a sequence
+    dtype: str = "bfloat16"  # of matrix products while training, of the weights while generating
+    mesh: Mesh = Mesh()
+    gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps
+    generate: bool = False
+    cuda: bool = True  # a card; else a process on a CPU, with its heap
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype} must be one of {', '.join(DTYPES)}")
+        if not 1 <= self.block_size <= self.config.block_size:
+            raise ValueError(
+                f"block_size={self.block_size} must lie between 1 and the model's {self.config.block_size}"
+            )
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1")
+
+    def rehearse(self, sequences: int) -> Rehearsal:
+        """With so many sequences on this device."""
+        config = self.mesh.own(self.config)
+        if config.block == "gpt2":  # its learned positions are cut to the sequences, as train.py does
+            config = replace(config, block_size=self.block_size)
+        arguments = (config, self.lora, sequences, self.block_size, self.dtype)
+        if self.generate:
+            return rehearse_generation(*arguments, cuda=self.cuda)
+        return rehearse_step(*arguments, self.gradient_accumulation_steps, cuda=self.cuda)
+
+
+def estimate(
+    config: GPTConfig,
+    *,
+    lora: LoRAConfig | None = None,
+    batch_size: int,
+    block_size: int,
+    dtype: str = "bfloat16",
+    mesh_shape: Sequence | str | None = None,
+    gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps,
+    generate: bool = False,
+    cuda: bool = True,
+) -> Estimate:
+    """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
+
+    `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
+    [[sizes], [names]] with the axes of `Mesh`, and `dtype` one of SPELLINGS. Not `cuda`: a process on a CPU.
+    Raises ValueError for what cannot be.
+    """
+    if dtype not in SPELLINGS:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(SPELLINGS)}")
+    mesh = Mesh.parse(mesh_shape)
+    plan = Plan(config, lora, block_size, SPELLINGS[dtype], mesh, gradient_accumulation_steps, generate, cuda)
+    return itemised(plan, plan.rehearse(share_of_batch(batch_size, mesh)))
+
+
+def share_of_batch(batch_size: int, mesh: Mesh) -> int:
+    if batch_size < 1 or batch_size % mesh.readers:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of dp x fsdp = {mesh.readers}")
+    return batch_size // mesh.readers
+
+
+def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Estimate:
+    """The estimate that follows from a rehearsal. `holes`: see `heap_holes`, which is asked where it is not given."""
+    mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
+    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.fsdp > 1 else {})
+    found = rehearsal.peak(shares)
+    divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
+    adapters = f", {trained:,} of them adapters'" if plan.lora else ""
+    bytes_each = rehearsal.weights // whole
+    sources = {
+        COPIES: f"weights cast to {plan.dtype} for matrix products",
+        GRADIENTS: f"4 bytes x {trained:,}{divided}, and those that are about to be added",
+        OPTIMIZER: f"AdamW's two moments: 8 bytes x {trained:,}{divided}",
+        ACTIVATIONS: f"what {plan.config.n_layer} layers keep for the backward pass, and the moment's own buffers",
+        LOGITS: f"{mesh.own(plan.config).vocab_size:,} numbers a token, and what the loss makes of them",
+        CACHE: f"keys and values of {plan.config.n_layer} layers for {plan.block_size:,} tokens a sequence",
+    }
+    if plan.generate:
+        sources |= {LOGITS: "of each sequence's last token", ACTIVATIONS: "a layer that reads the prompt"}
+    items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{bytes_each} bytes x {whole:,}{adapters}{divided}")]
+    items += [Item(kind, found[kind], source) for kind, source in sources.items() if found[kind]]
+    if mesh.fsdp > 1:
+        items.append(
+            Item("gathered", _gathered(plan), "the weights of two layers, and in full training one's gradients")
+        )
+    if mesh.dp > 1 and not plan.generate:
+        items.append(
+            Item("buckets", 4 * trained // mesh.fsdp, f"DistributedDataParallel's: 4 bytes x {trained:,}{divided}")
+        )
+    counted = sum(item.size for item in items)
+    if plan.cuda:
+        source = f"{CONTEXT / GB} GB for CUDA itself, and {ROUNDING:.0%} lost between buffers; assumed, not measured"
+        items.append(Item("overhead", CONTEXT + int(ROUNDING * counted), source))
+    else:
+        holes = heap_holes(plan, rehearsal) if holes is None else holes
+        source = f"{PROCESS / GB} GB for Python and PyTorch, and {holes:.0%} of the buffers in holes of the heap"
+        items.append(Item("overhead", PROCESS + int(holes * sum(found.values())), source))
+    return Estimate(tuple(items), whole, trained)
+
+
+def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
+    """How much larger than its buffers the heap gets, as a share of them. Generating leaves none."""
+    return 0.0 if plan.generate else heap_peak(rehearsal) / sum(rehearsal.peak({}).values()) - 1
+
+
+def _gathered(plan: Plan) -> int:
+    with torch.device("meta"):
+        model = GPT(plan.mesh.own(plan.config))
+    layers = [*model.blocks, model.embedding]
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    trains = not (plan.lora or plan.generate)
+    return largest * (2 * DTYPES[plan.dtype].itemsize + (4 if trains else 0))
+
+
+class Fitting:
+    """Estimates of a plan for any batch, from two rehearsals."""
+
+    def __init__(self, plan: Plan, batch_size: int):
+        self.plan, self.batch_size = plan, batch_size
+        self.two, self.three = plan.rehearse(2), plan.rehearse(3)
+        asked = with_batch(self.two, self.three, share_of_batch(batch_size, plan.mesh))
+        # Assumed the same for every batch; each would take seconds.
+        self.holes = None if plan.cuda else heap_holes(plan, asked)
+        self.estimate = itemised(plan, asked, self.holes)
+
+    def needs(self, sequences: int) -> int:
+        """Bytes, for so many sequences on a device."""
+        return itemised(self.plan, with_batch(self.two, self.three, sequences), self.holes).total
+
+    def largest_batch(self, room: int) -> int:
+        """Of all devices together, where each has `room` bytes. 0 where not even one sequence fits."""
+        fits, fails = 0, 1
+        while self.needs(fails) <= room:
+            fits, fails = fails, 2 * fails
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if self.needs(middle) <= room else (fits, middle)
+        return fits * self.plan.mesh.readers
+
+
+# ---- this machine
+
+
+def machine_memory() -> tuple[int, int]:
+    """(bytes this machine has, bytes of them that are free). A control group's limit counts where it is lower."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # macOS does not say what is free
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    total, free = (1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1]) for key in ("MemTotal", "MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # none, or "max"
+        return total, free
+    return min(total, limit), min(free, max(0, limit - used))
+
+
+# ---- the command
+
+
+def add_commands(commands: Any) -> None:
+    """`memory NAME`, for the argparse sub-parsers of __main__.py."""
+    epilog = """\
+What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes on each device. Weights are float32
+while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
+--lora_rank the base has no gradients and no moments. Activations and logits grow with batch_size x block_size: where
+a model does not fit, halve train.py's --batch_size and double its --gradient_accumulation_steps; the step stays the
+same.
+
+examples:
+  python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
+  python -m registry memory gemma3-12b --lora_rank 16 --batch_size 4 --mesh_shape "[[4, 2], ['fsdp', 'tp']]"
+  python -m registry memory small --batch_size 16 --block_size 256 --dtype fp32
+  python -m registry memory models/NAME --generate --batch_size 4
+  python -m registry memory --table
+"""
+    memory = commands.add_parser(
+        "memory",
+        help="what training a model, or generating with it, needs, and on which devices that fits",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = f"one of {', '.join(PRESETS)}; or a name of the catalogue or in models/, a path, a hub id"
+    memory.add_argument("name", metavar="NAME", nargs="?", help=names)
+    memory.add_argument(
+        "--lora_rank", type=int, help="train adapters of this rank on every linear layer; else everything"
+    )
+    memory.add_argument("--batch_size", type=int, default=4, help="sequences at once, over all devices (4)")
+    memory.add_argument(
+        "--block_size", type=int, help=f"tokens of a sequence (the model's context, {LONGEST_UNASKED} at most)"
+    )
+    memory.add_argument(
+        "--dtype", choices=SPELLINGS, default="bf16", help="of matrix products; with --generate of the weights"
+    )
+    memory.add_argument(
+        "--mesh_shape", help="[[sizes], [names]]; dp: copies of the model, fsdp: shares of it, tp: shares of each layer"
+    )
+    memory.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=RunConfig.gradient_accumulation_steps,
+        help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
+    )
+    memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")
+    memory.add_argument(
+        "--table", action="store_true", help="the Gemma 3 table of agent-tunix beside what is counted here"
+    )
+    memory.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    memory.set_defaults(run=_memory)
+
+
+def named_config(name: str) -> GPTConfig:
+    """Of a preset or of any model that can be found. Raises ValueError where it is no GPT of ours."""
+    if name in PRESETS:
+        return PRESETS[name]
+    model = skeleton(find_model(name, check=_describes).path)
+    if not isinstance(model, GPT):
+        raise ValueError(f"{name} is a {type(model).__name__}: only models that train.py can train are counted")
+    return model.config
+
+
+def _describes(folder: Path) -> str:
+    if any((folder / name).exists() for name in (CONFIG, MODEL_ARGS, WEIGHTS)):
+        return ""
+    return f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+
+
+def _memory(arguments: Any) -> tuple[str, Any]:
+    if arguments.table:
+        return documented_table()
+    if arguments.name is None:
+        raise ValueError(f"memory needs a NAME, such as {', '.join(PRESETS)}, or --table")
+    config = named_config(arguments.name)
+    lora = LoRAConfig(arguments.lora_rank) if arguments.lora_rank is not None else None
+    length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
+    mesh = Mesh.parse(arguments.mesh_shape)
+    steps = arguments.gradient_accumulation_steps
+    plan = Plan(config, lora, length, SPELLINGS[arguments.dtype], mesh, steps, arguments.generate)
+    card = Fitting(plan, arguments.batch_size)
+    # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
+    process = Fitting(replace(plan, cuda=False), arguments.batch_size) if mesh.devices == 1 else None
+    verdicts = [_verdict(f"{size} GB card", card, size * GB) for size in CARDS]
+    if process:
+        total, free = machine_memory()
+        verdicts.append(_verdict(f"this machine, {free / GB:.1f} of {total / GB:.1f} GB free", process, free))
+    work = "text being made" if arguments.generate else f"LoRA rank {lora.rank}" if lora else "full training"
+    grid = f", {mesh.devices} devices" if mesh.devices > 1 else ""
+    title = f"{arguments.name}: {work}, {arguments.batch_size} x {length:,} tokens, {plan.dtype}{grid}"
+    data = {"name": arguments.name, "work": work, "batch_size": arguments.batch_size, "block_size": length}
+    data |= {"dtype": plan.dtype, "lora_rank": arguments.lora_rank, "mesh": vars(mesh), "verdicts": verdicts}
+    data |= {"card": _data(card.estimate), "process": process and _data(process.estimate)}
+    return "\n\n".join([title, _items_table(card, process), _verdict_table(verdicts)]), data
+
+
+def _verdict(device: str, fitting: Fitting, room: int) -> dict[str, Any]:
+    needed, largest = fitting.estimate.total, fitting.largest_batch(room)
+    return {"device": device, "bytes": room, "needed": needed, "fits": needed <= room, "largest_batch": largest}
+
+
+def _data(found: Estimate) -> dict[str, Any]:
+    items = {item.name: {"bytes": item.size, "source": item.source} for item in found.items}
+    return {"total": found.total, "items": items, "parameters": found.parameters, "trainable": found.trainable}
+
+
+def _items_table(card: Fitting, process: Fitting | None) -> str:
+    fittings = [fitting for fitting in (card, process) if fitting]
+    heads = ("GB", *(("a card", "here") if process else ("each card",)))
+    rows = [(heads[0], *heads[1:], "computed from")]
+    for item in card.estimate.items:
+        rows.append((item.name, *(f"{fitting.estimate[item.name] / GB:.2f}" for fitting in fittings), item.source))
+    rows.append(("total", *(f"{fitting.estimate.total / GB:.2f}" for fitting in fittings), ""))
+    notes = [process.estimate.items[-1].source] if process else []
+    return "\n".join([as_table(rows), *(f"overhead here: {note}" for note in notes)])
+
+
+def _verdict_table(verdicts: list[dict[str, Any]]) -> str:
+    rows = [("device", "needs", "verdict", "largest batch")]
+    for v in verdicts:
+        fits, largest = "fits" if v["fits"] else "does not fit", str(v["largest_batch"] or "none")
+        rows.append((v["device"], f"{v['needed'] / GB:.1f} GB", fits, largest))
+    return as_table(rows)
+
+
+# ---- what a document says
+
+# agent-tunix, docs/api/models: preset, LoRA rank, batch size, GB of video memory. It trains with GRPO (arXiv
+# 2402.03300) in JAX, on prompts of 256 tokens, four answers to each, of up to 512 tokens.
+DOCUMENTED = (("gemma3-270m", 32, 1, 11), ("gemma3-1b", 32, 4, 48), ("gemma3-4b", 64, 8, 80))
+ANSWERS, TOKENS = 4, 256 + 512
+PREALLOCATED = 0.75  # of a card, which JAX takes when it starts (docs.jax.dev, GPU memory allocation)
+
+
+def documented_table() -> tuple[str, Any]:
+    rows = [_documented_row(*row) for row in DOCUMENTED]
+    heads = (
+        "model",
+        "rank",
+        "batch",
+        "document",
+        "step here",
+        f"of {ANSWERS} answers",
+        "+ reference",
+        "+ cache",
+        "sum",
+    )
+    lines = [heads] + [
+        (row["name"], str(row["lora_rank"]), str(row["batch_size"]), *(f"{row[key] / GB:.1f}" for key in _COLUMNS))
+        for row in rows
+    ]
+    return f"{as_table(lines)}\n\n{_EXPLANATION}", rows
+
+
+_COLUMNS = ("documented", "step", "step_of_answers", "reference", "cache", "sum")
+_EXPLANATION = f"""\
+GB of 1e9 bytes, LoRA on every linear layer, bf16 products, {TOKENS} tokens a sequence.
+
+document: what agent-tunix's documentation asks for: all the memory of the card that it names. Nothing in its code
+  computes it, and JAX takes {PREALLOCATED:.0%} of a card when it starts, whether it needs that or not.
+step here: a step of train.py on the document's batch, on a card. Weights are float32 here, bfloat16 there.
+of {ANSWERS} answers: the same with the sequences that GRPO makes of that batch, {ANSWERS} to each prompt.
++ reference: GRPO compares with the model as it was, held a second time, in bfloat16.
++ cache: it generates what it trains on; keys and values of all answers, in bfloat16.
+
+The document's numbers are about GRPO, and a supervised step of train.py is the column `step here`. What the sum has
+beyond the document is what train.py does and other programs may not do: it keeps every layer's activations rather than
+compute them again, the logits of all tokens at once, and float32 weights beside their bfloat16 copies."""
+
+
+def _documented_row(name: str, rank: int, batch_size: int, documented: int) -> dict[str, Any]:
+    config = PRESETS[name]
+    fitting = Fitting(Plan(config, LoRAConfig(rank), TOKENS), batch_size)
+    answers = ANSWERS * batch_size
+    cache = KVCache(config, answers, torch.device("meta"), torch.bfloat16, TOKENS)
+    adapters, whole = fitting.estimate.trainable, fitting.estimate.parameters
+    row = {"name": name, "lora_rank": rank, "batch_size": batch_size, "documented": documented * GB}
+    row |= {"step": fitting.estimate.total, "step_of_answers": fitting.needs(answers)}
+    row |= {"reference": 2 * (whole - adapters), "cache": cache.keys.nbytes + cache.values.nbytes}
+    return row | {"sum": sum(row[key] for key in ("step_of_answers", "reference", "cache"))}

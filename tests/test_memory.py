@@ -1,0 +1,319 @@
+"""The memory estimate counts what runs need: by arithmetic, and beside the peaks of real processes."""
+
+import json
+import re
+from dataclasses import replace
+from statistics import median
+
+import pytest
+import torch
+
+import families
+from bench import memory as bench
+from configurator import PRESETS
+from lora import LoRAConfig, apply_lora
+from model import GPT, GPTConfig
+from registry import heap
+from registry.__main__ import main
+from registry.memory import (
+    CARDS,
+    GB,
+    PROCESS,
+    Fitting,
+    Mesh,
+    Plan,
+    estimate,
+    heap_holes,
+    itemised,
+    machine_memory,
+    named_config,
+)
+from registry.rehearsal import rehearse_step, with_batch
+
+LLAMA = GPTConfig(64, 1000, 3, 4, 32, block="llama", bias=False, activation="silu", n_kv_head=2, n_inner=96)
+GPT2 = GPTConfig(64, 1000, 3, 4, 32)
+BATCH = {"batch_size": 4, "block_size": 64}
+
+
+def count(config, lora=None):
+    with torch.device("meta"):
+        model = GPT(config)
+        if lora:
+            apply_lora(model, lora)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---- by arithmetic
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_full_training_needs_sixteen_bytes_a_parameter_and_the_logits_several_times(config):
+    found = estimate(config, **BATCH, dtype="fp32")
+    parameters, logits = count(config), 4 * 4 * 64 * config.vocab_size
+    assert (found.parameters, found.trainable) == (parameters, parameters)
+    assert found["weights"] == 4 * parameters and found["optimizer"] == 8 * parameters
+    assert found["gradients"] >= 4 * parameters
+    # Those of this batch, kept by Trainer.step, their log-softmax, and two gradients; or two batches' and the softmax.
+    assert found["logits"] in (3 * logits, 4 * logits)
+    assert "copies" not in [item.name for item in found.items]
+    assert found.total == sum(item.size for item in found.items)
+
+
+def test_bfloat16_adds_a_copy_of_every_matrix_that_multiplies_and_halves_much():
+    exact, half = (estimate(LLAMA, **BATCH, dtype=dtype) for dtype in ("fp32", "bf16"))
+    matrices = sum(p.numel() for p in GPT(LLAMA).parameters() if p.dim() == 2)  # the tied embedding is the head
+    assert 0 < half["copies"] <= 2 * matrices
+    assert half["activations"] + half["logits"] < exact["activations"] + exact["logits"]
+    assert half["weights"] == exact["weights"]
+
+
+def test_lora_needs_gradients_and_moments_for_its_adapters_alone():
+    lora = LoRAConfig(4)
+    found, adapters = estimate(LLAMA, lora=lora, **BATCH), count(LLAMA, lora)
+    assert found.trainable == adapters and found["weights"] == 4 * (count(LLAMA) + adapters)
+    assert found["optimizer"] == 8 * adapters and found["gradients"] < 8 * adapters
+
+
+def test_one_micro_batch_has_no_gradients_waiting():
+    one, four = (estimate(LLAMA, **BATCH, gradient_accumulation_steps=steps) for steps in (1, 4))
+    assert one.total < four.total and one["optimizer"] == four["optimizer"]
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(4)], ids=["full", "lora"])
+@pytest.mark.parametrize("config", [GPT2, replace(LLAMA, sliding_window=16, qk_norm=True)], ids=["gpt2", "llama"])
+def test_two_rehearsals_give_that_of_any_batch(config, lora):
+    two, three, one, seven = (rehearse_step(config, lora, n, 64, "bfloat16", 2) for n in (2, 3, 1, 7))
+    assert with_batch(two, three, 7) == seven
+    assert sum(with_batch(two, three, 1).peak({}).values()) == pytest.approx(sum(one.peak({}).values()), rel=0.02)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    fitting = Fitting(Plan(LLAMA, None, 64), batch_size=1)
+    for room in (GB, 3 * GB):
+        largest = fitting.largest_batch(room)
+        assert largest > 1 and fitting.needs(largest) <= room < fitting.needs(largest + 1)
+    assert fitting.largest_batch(fitting.needs(1) - 1) == 0
+
+
+def test_a_card_computes_grouped_attention_under_a_mask_with_all_its_weights():
+    windowed = replace(LLAMA, sliding_window=16)
+    scores = 4 * 4 * 4 * 64 * 64  # float32, batch, heads, queries, keys
+    card, process = (estimate(windowed, **BATCH, cuda=cuda) for cuda in (True, False))
+    assert card["activations"] - process["activations"] > windowed.n_layer * scores
+    card, process = (estimate(LLAMA, **BATCH, cuda=cuda) for cuda in (True, False))
+    assert card["activations"] == process["activations"]
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_generating_needs_weights_in_its_dtype_and_the_cache(config):
+    found = estimate(config, batch_size=3, block_size=64, dtype="bf16", generate=True)
+    cache = GPT(config).to(torch.bfloat16).new_cache(3, 64)
+    assert found["cache"] == cache.keys.nbytes + cache.values.nbytes
+    assert found["weights"] == 2 * count(config)
+    assert not {"gradients", "optimizer"} & {item.name for item in found.items}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_counted_without_being_built(name):
+    config = replace(PRESETS[name], n_layer=2, global_layers=(1,) if PRESETS[name].sliding_window else ())
+    found = estimate(config, lora=LoRAConfig(4), batch_size=1, block_size=256)
+    cut = 0 if config.block == "llama" else (config.block_size - 256) * config.n_embd  # positions that are not used
+    assert found["weights"] == 4 * (count(config) - cut + found.trainable)
+
+
+# ---- meshes
+
+
+def test_fsdp_divides_what_belongs_to_weights_and_the_batch():
+    alone, four = (estimate(LLAMA, **BATCH, mesh_shape=shape) for shape in (None, [[4], ["fsdp"]]))
+    for name in ("weights", "optimizer"):
+        assert four[name] == alone[name] // 4
+    assert four["logits"] == alone["logits"] // 4 and four["activations"] < alone["activations"] / 3
+    assert "copies" not in [item.name for item in four.items]  # those of two layers are gathered instead
+    layers = [*GPT(LLAMA).blocks, GPT(LLAMA).embedding]
+    assert four["gathered"] == max(sum(p.numel() for p in layer.parameters()) for layer in layers) * (2 * 2 + 4)
+
+
+def test_tp_divides_matrices_and_leaves_norms():
+    alone, two = (estimate(LLAMA, **BATCH, mesh_shape=shape) for shape in (None, "[[2], ['tp']]"))
+    norms = sum(p.numel() for p in GPT(LLAMA).parameters() if p.dim() == 1)
+    assert two.parameters == (alone.parameters - norms) / 2 + norms
+    assert two["logits"] == alone["logits"] // 2
+    assert alone["activations"] / 2 < two["activations"] < alone["activations"]
+
+
+def test_dp_divides_the_batch_and_keeps_gradients_twice():
+    alone, two = (estimate(LLAMA, **BATCH, mesh_shape=shape) for shape in (None, [[2], ["dp"]]))
+    assert two["weights"] == alone["weights"] and two["logits"] == alone["logits"] // 2
+    assert two["buckets"] == 4 * count(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ([[2], ["pp"]], "axis 'pp' is none of dp, fsdp, tp"),
+        ([[0], ["tp"]], "tp=0 must be a whole number above 0"),
+        ([[2, 2], ["tp"]], "must be [[sizes], [names]]"),
+        ([[2, 2], ["tp", "tp"]], "every axis can be there once"),
+        ("[[2], [tp]]", "must be [[sizes], [names]]"),
+        ([[3], ["fsdp"]], "batch_size=4 must be a multiple of dp x fsdp = 3"),
+        ([[3], ["tp"]], "tp=3 does not divide n_head=4"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(shape, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        estimate(LLAMA, **BATCH, mesh_shape=shape)
+
+
+def test_what_cannot_be_is_refused():
+    for changes, words in (
+        ({"dtype": "int8"}, "dtype=int8"),
+        ({"block_size": 65}, "block_size=65 must lie between 1 and the model's 64"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            estimate(LLAMA, **{**BATCH, **changes})
+
+
+# ---- the heap
+
+
+class Dice:
+    def __init__(self, value):
+        self.random = lambda: value
+
+
+def test_a_heap_reuses_a_hole_unless_something_has_settled_beside_it():
+    for pinned, expected in ((False, 2), (True, 3)):
+        own = heap.Heap(Dice(0.0 if pinned else 1.0))
+        for n in (0, 1):
+            own.allocate(n, 1000)
+        own.release(*own.blocks.pop(0))
+        own.allocate(2, 1000)
+        assert own.peak == expected * (1000 + heap.SLIVER)
+
+
+def test_a_heap_unites_holes_and_gives_back_only_mappings():
+    own = heap.Heap(Dice(1.0))
+    for n in (0, 1, 2):
+        own.allocate(n, 1000)
+    for n in (0, 1):
+        own.release(*own.blocks.pop(n))
+    own.allocate(3, 2000)
+    assert own.peak == 3 * (1000 + heap.SLIVER) and len(own.holes) == 1
+    own.allocate(4, heap.MAPPED_FROM)
+    own.release(*own.blocks.pop(4))
+    own.allocate(5, heap.MAPPED_FROM)
+    assert own.peak == 3 * (1000 + heap.SLIVER) + heap.MAPPED_FROM
+
+
+def test_the_heap_is_never_smaller_than_what_is_in_it():
+    plan = Plan(LLAMA, None, 64, cuda=False)
+    rehearsal = plan.rehearse(4)
+    assert heap_holes(plan, rehearsal) > 0 and heap_holes(replace(plan, generate=True), rehearsal) == 0
+    assert itemised(plan, rehearsal) == itemised(plan, rehearsal)  # the dice are the same ones
+
+
+# ---- beside real processes
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        bench.Run("gpt2", replace(bench.DEEP_GPT2, n_layer=3), None, 2, 512, "float32"),
+        bench.Run("llama", replace(bench.DEEP_LLAMA, n_layer=3), 8, 4, 256, "bfloat16"),
+    ],
+    ids=lambda run: run.name,
+)
+def test_buffers_are_counted_to_within_three_percent(run):
+    _, measured = bench.in_fresh_process(run, kept=False)
+    found = run.estimate()
+    strangers = 15e6  # Python's objects and what libraries keep for themselves
+    assert found.total - found["overhead"] + strangers == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [run for run in bench.RUNS if run.name.startswith("deep")], ids=lambda run: str(run[2:])
+)
+def test_a_run_peaks_within_fifteen_percent_of_its_estimate(run):
+    peaks = [bench.in_fresh_process(run)[1] for _ in range(3)]
+    assert run.estimate().total - PROCESS == pytest.approx(median(peaks), rel=0.15)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a model that has a configuration and, as yet, no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(families.hf_config(LLAMA)))
+    return str(tmp_path)
+
+
+def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
+    command = ["memory", folder, "--lora_rank", "4", "--batch_size", "2", "--block_size", "64"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    own = estimate(LLAMA, lora=LoRAConfig(4), batch_size=2, block_size=64)
+    assert {name: item["bytes"] for name, item in data["card"]["items"].items()} == {i.name: i.size for i in own.items}
+    assert [v["device"] for v in data["verdicts"][:-1]] == [f"{size} GB card" for size in CARDS]
+    assert data["verdicts"][-1]["device"].startswith("this machine") and data["process"]["total"] > PROCESS
+    batches = [v["largest_batch"] for v in data["verdicts"][:-1]]
+    assert batches == sorted(batches) and all(v["fits"] == (v["largest_batch"] >= 2) for v in data["verdicts"])
+
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{folder}: LoRA rank 4, 2 x 64 tokens, bfloat16\n") and "11 GB card" in text
+    for item in own.items:
+        assert f"\n{item.name} " in text
+
+
+def test_a_mesh_has_numbers_for_each_of_its_cards(folder, capsys):
+    assert main(["memory", folder, "--batch_size", "1", "--mesh_shape", "[[1, 2], ['fsdp', 'tp']]"]) == 0
+    text = capsys.readouterr().out
+    assert "2 devices" in text and "each card" in text and "this machine" not in text
+
+
+def test_the_command_refuses_in_one_sentence(capsys):
+    for arguments, words in (
+        (["memory"], "memory needs a NAME"),
+        (["memory", "small", "--mesh_shape", "[[2], ['pp']]"], "axis 'pp' is none of"),
+        (["memory", "small", "--mesh_shape", "[[2], ['tp']]"], "tp=2 is for llama blocks"),
+        (["memory", "small", "--block_size", "512"], "block_size=512"),
+        (["memory", "small", "--block_size", "0"], "block_size=0"),
+    ):
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_an_encoder_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only models that train"):
+        named_config(str(tmp_path))
+
+
+def test_this_machine_has_memory():
+    total, free = machine_memory()
+    assert 0 < free <= total
+
+
+@pytest.mark.slow
+def test_the_documents_table_is_reproduced_beside_what_is_counted(capsys):
+    assert main(["memory", "--table", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["name"], r["lora_rank"], r["batch_size"], r["documented"]) for r in rows] == [
+        ("gemma3-270m", 32, 1, 11 * GB),
+        ("gemma3-1b", 32, 4, 48 * GB),
+        ("gemma3-4b", 64, 8, 80 * GB),
+    ]
+    for row in rows:
+        assert row["step"] < row["step_of_answers"] < row["sum"]
+        assert row["sum"] == row["step_of_answers"] + row["reference"] + row["cache"]
+
+
+def test_a_mesh_knows_its_devices():
+    assert Mesh.parse(None).devices == 1 and Mesh.parse("[[2, 4], ['fsdp', 'tp']]").devices == 8
