@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention import ORIGINAL, ROPE_TYPES
 from hub import Stored, find, read_json, stored_tensors
-from model import GPT, ORIGINAL, ROPE_TYPES, GPTConfig
+from model import GPT, GPTConfig
 
 CONFIG = "config.json"
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it

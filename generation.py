@@ -109,4 +109,7 @@ def sample(
         probabilities = ordered.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what precedes already reaches top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    # torch.multinomial draws a number for every id, which takes longer than all of the above.
+    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64 if logits.device.type != "mps" else None)  # (B, V)
+    drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
+    return torch.searchsorted(ends, drawn, right=True)[:, 0]

@@ -18,17 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention import ORIGINAL, ROPE_TYPES, attend, rope_frequencies, rotate
 from generation import Generation
+from loss import linear_cross_entropy
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
-ORIGINAL = "original_max_position_embeddings"
-ROPE_TYPES = {  # kinds of scaling, and the numbers that each needs
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
-    "yarn": ("factor", ORIGINAL),
-    "longrope": ("short_factor", "long_factor", ORIGINAL),
-}
 
 
 @dataclass(frozen=True)
@@ -166,28 +161,13 @@ class Pass:
     attentions: list[Tensor] | None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, config: GPTConfig, layer: int, now: Pass, dropout: float) -> Tensor:
+def see(q: Tensor, k: Tensor, v: Tensor, config: GPTConfig, layer: int, now: Pass, dropout: float) -> Tensor:
     """Queries (B, H, T, D), new keys and values (B, K, T, D) to (B, T, H * D)."""
     if now.cache is not None:
         k, v = now.cache.extend(layer, k, v)
-    mask, scale = now.masks[config.is_local(layer)], (config.query_scalar or config.D) ** -0.5
-    T, S = q.size(2), k.size(2)
-    if now.attentions is None and config.attention_softcap is None:
-        # is_causal aligns the mask with the first key, which is right only where nothing was cached.
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=k.size(1) != q.size(1)
-        )
-    else:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
-        if config.attention_softcap:
-            scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
-        seen = mask if mask is not None else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-        if now.attentions is not None:
-            now.attentions.append(weights)
-        y = F.dropout(weights, dropout) @ v
-    return y.transpose(1, 2).flatten(2)
+    scale = (config.query_scalar or config.D) ** -0.5
+    mask = now.masks[config.is_local(layer)]
+    return attend(q, k, v, mask, scale, dropout, config.attention_softcap, now.attentions)
 
 
 # ---- GPT-2's block
@@ -204,7 +184,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = attend(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
+        y = see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -250,48 +230,6 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
 
 
-def rope_frequencies(config: GPTConfig, local: bool, length: int) -> tuple[Tensor, float]:
-    """Radians a token for each pair of turning dimensions, (rotary / 2,), and what cos and sin are multiplied by.
-
-    `length` is that of the whole context: LongRoPE has other numbers for contexts beyond the original one.
-    """
-    theta, scaling, n = config.rope_theta, config.rope_scaling or {}, config.rotary
-    if local and config.rope_local_theta is not None:
-        theta, scaling = config.rope_local_theta, {}
-    frequencies = 1.0 / theta ** (torch.arange(0, n, 2, dtype=torch.float32) / n)
-    kind, factor, original = (scaling.get(key) for key in ("rope_type", "factor", ORIGINAL))
-    attention = scaling.get("attention_factor") or 1.0
-    if kind == "linear":
-        frequencies = frequencies / factor
-    elif kind == "llama3":  # long wavelengths are stretched, short ones kept, those between blended
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = original * frequencies / (2 * math.pi)  # in the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    elif kind == "yarn":  # Peng et al. 2023, section 3.2: the same by dimension
-
-        def dimension(rotations: float) -> float:
-            return n * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-        low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, n - 1)
-        stretched = ((torch.arange(n // 2) - low) / ((high - low) or 0.001)).clamp(0, 1)
-        frequencies = frequencies * (1 - stretched + stretched / factor)
-    elif kind == "longrope":  # Ding et al. 2024
-        frequencies = frequencies / torch.tensor(scaling["long_factor" if length > original else "short_factor"])
-    return frequencies, attention
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the first dimensions of (B, H, T, D); dimension i is paired with i + rotary / 2."""
-    cos, sin = (part.to(x.dtype) for part in rotation)
-    turning, still = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], dim=-1)
-    left, right = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-right, left], dim=-1) * sin, still], dim=-1)
-
-
 class LlamaAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -311,7 +249,7 @@ class LlamaAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         rotation = now.rotations[self.config.is_local(self.layer)]
         q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.o_proj(attend(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0))
+        return self.o_proj(see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0))
 
 
 class GatedMLP(nn.Module):
@@ -417,12 +355,14 @@ class GPT(Generation, nn.Module):
         attention_mask: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        only_loss: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) to (logits, loss).
 
         With targets (B, T), logits are (B, T, V) and loss is the mean cross-entropy in nats per token over targets
-        other than -1. Without, only the last position is projected, of each row the last one that is no padding:
-        logits are (B, 1, V) and loss is None. With a cache, idx holds the tokens that follow those the cache has seen.
+        other than -1; with `only_loss`, logits may be None, for then they need not be held. Without targets, only the
+        last position is projected, of each row the last one that is no padding: logits are (B, 1, V) and loss is None.
+        With a cache, idx holds the tokens that follow those the cache has seen.
 
         `attention_mask` (B, S), over the cached tokens too, is 0 for padding on either side, which is then not seen and
         has no position. To `hidden_states` are appended the embeddings and every block's output, (B, T, C), the last
@@ -451,6 +391,8 @@ class GPT(Generation, nn.Module):
             cache.length += T
         if targets is None:
             return self.project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
+        if only_loss and (loss := self._fused_loss(x, targets)) is not None:
+            return None, loss
         logits = self.project(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
         return logits, loss
@@ -465,6 +407,17 @@ class GPT(Generation, nn.Module):
         """Hidden states (B, T, C), behind the final norm, to logits (B, T, V)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _fused_loss(self, x: Tensor, targets: Tensor) -> Tensor | None:
+        """The loss without logits, or None where that is not faster (loss.py) or the head is more than a product."""
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        plain = type(self.lm_head) is nn.Linear and self.config.logit_softcap is None
+        if not plain or kind != "cpu" or dtype == torch.float16 or torch.compiler.is_compiling():
+            return None
+        x, weight = x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
+        return linear_cross_entropy(x, weight, targets.flatten(), IGNORE_INDEX)
 
     def _masks(self, seen: int, T: int, attention_mask: Tensor | None) -> dict[bool, Tensor | None]:
         S, window = seen + T, self.config.sliding_window
@@ -490,7 +443,10 @@ class GPT(Generation, nn.Module):
         rotations = {}
         longest = int(positions.max()) + 1 if (self.config.rope_scaling or {}).get("rope_type") == "longrope" else 0
         for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
-            frequencies, factor = rope_frequencies(self.config, local, longest)
+            theta, scaling = self.config.rope_theta, self.config.rope_scaling
+            if local and self.config.rope_local_theta is not None:
+                theta, scaling = self.config.rope_local_theta, None
+            frequencies, factor = rope_frequencies(theta, scaling or {}, self.config.rotary, longest)
             angles = positions[:, None, :, None] * frequencies.to(positions.device).repeat(2)  # (1 or B, 1, T, rotary)
             rotations[local] = angles.cos() * factor, angles.sin() * factor
         return rotations

@@ -156,7 +156,7 @@ class Trainer:
             last = micro == self.micro_steps - 1
             with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
                 with autocast(self.device, config.dtype):
-                    _, loss = self.model(x.to(self.device), y.to(self.device))
+                    _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
                 self.scaler.scale(loss / self.micro_steps).backward()
             total += loss.detach() / self.micro_steps
         loss = self.ranks.sum(total).item() / self.ranks.size
@@ -181,7 +181,7 @@ class Trainer:
             for i in range(self.ranks.rank, len(batches), self.ranks.size):
                 x, y = sequences(getattr(self.dataset, split), batches[i], self.block_size)
                 with torch.no_grad(), autocast(self.device, self.config.dtype):
-                    _, loss = self.raw_model(x.to(self.device), y.to(self.device))
+                    _, loss = self.raw_model(x.to(self.device), y.to(self.device), only_loss=True)
                 total += loss.item() * len(batches[i])  # the last batch may be smaller
                 self.log.progress(f"evaluating {split} {i + 1}/{len(batches)}")
             result[f"{split}_loss"] = sum(self.ranks.gather(total)) / sum(map(len, batches))
