@@ -440,6 +440,16 @@ def raise_some(what: str, problems: list[str], shown: int = 6) -> None:
         raise ValueError(f"{what}: {'; '.join(problems[:shown])}{more}")
 
 
+def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold what is frozen of linear layers in the dtype that their products are computed in: the numbers that autocast
+    would make of it at every step, in half the memory. A weight that is shared with another module stays as it is."""
+    ties = _ties(model)
+    for path, layer in model.named_modules():
+        for name, parameter in layer.named_parameters(recurse=False) if isinstance(layer, nn.Linear) else ():
+            if not parameter.requires_grad and path not in ties:
+                setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
 def set_active(model: nn.Module, adapter: str) -> None:
     """Let this adapter act and train, and no other."""
     adapters_of(model, adapter)

@@ -7,6 +7,8 @@ while those are in the cache. What it gives up: the logits, second derivatives, 
 of a large vocabulary vanish before a loss scale could lift them.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -36,7 +38,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         counted = targets != ignore_index
         share = counted.to(wide) / counted.sum()  # (N,): what each token's loss counts
         columns = -(-V // ALIGNED) * ALIGNED
-        buffer = x.new_empty(max(1, min(N, BUFFER // columns)), columns)
+        buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
         buffer[:, V:] = 0
         loss, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, None
         for start in range(0, N, len(buffer)):
@@ -60,6 +62,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if made is None else made * gradient for made in ctx.saved_tensors), None, None
+
+
+_kept = threading.local()
+
+
+def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised, and the same memory at every call: freed between two of them, its place would be taken by smaller
+    things, and the next one would lie elsewhere. `forget_buffer` frees it."""
+    held = getattr(_kept, "buffer", None)
+    if held is None or held.dtype != like.dtype or held.numel() < rows * columns:
+        held = _kept.buffer = like.new_empty(rows * columns)
+    return held[: rows * columns].view(rows, columns)
+
+
+def forget_buffer() -> None:
+    _kept.buffer = None
 
 
 def _losses(logits: Tensor, targets: Tensor, share: Tensor, wanted: bool) -> Tensor:

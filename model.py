@@ -360,7 +360,7 @@ class GPT(Generation, nn.Module):
         """Token ids (B, T) to (logits, loss).
 
         With targets (B, T), logits are (B, T, V) and loss is the mean cross-entropy in nats per token over targets
-        other than -1; with `only_loss`, logits may be None, for then they need not be held. Without targets, only the
+        other than -1; with `only_loss`, logits are None, for then they need not be held. Without targets, only the
         last position is projected, of each row the last one that is no padding: logits are (B, 1, V) and loss is None.
         With a cache, idx holds the tokens that follow those the cache has seen.
 
@@ -395,7 +395,7 @@ class GPT(Generation, nn.Module):
             return None, loss
         logits = self.project(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
-        return logits, loss
+        return None if only_loss else logits, loss
 
     def _embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(idx)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import configurator
 import files
+import lora
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
@@ -97,6 +98,8 @@ class Trainer:
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
         self.raw_model = start.model.to(device)
+        if lora.adapter_names(self.raw_model) and config.dtype == "bfloat16":
+            lora.round_frozen(self.raw_model, torch.bfloat16)
         self.block_size = config.block_size
         self.micro_steps = config.micro_batches // ranks.size
         self.samples_per_step = config.batch_size * config.micro_batches

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import loss
 from configurator import PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
@@ -220,7 +221,9 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
     found = rehearsal.peak(shares)
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
     adapters = f", {trained:,} of them adapters'" if plan.lora else ""
-    bytes_each = rehearsal.weights // whole
+    each = "4 bytes" if rehearsal.weights == 4 * whole else "2 bytes"
+    if 2 * whole < rehearsal.weights < 4 * whole:
+        each = "2 bytes where they are frozen and multiply, else 4,"
     sources = {
         COPIES: f"weights cast to {plan.dtype} for matrix products",
         GRADIENTS: f"4 bytes x {trained:,}{divided}, and those that are about to be added",
@@ -231,7 +234,7 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
     }
     if plan.generate:
         sources |= {LOGITS: "of each sequence's last token", ACTIVATIONS: "a layer that reads the prompt"}
-    items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{bytes_each} bytes x {whole:,}{adapters}{divided}")]
+    items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{each} x {whole:,}{adapters}{divided}")]
     items += [Item(kind, found[kind], source) for kind, source in sources.items() if found[kind]]
     if mesh.fsdp > 1:
         items.append(
@@ -267,19 +270,30 @@ def _gathered(plan: Plan) -> int:
 
 
 class Fitting:
-    """Estimates of a plan for any batch, from two rehearsals."""
+    """Estimates of a plan for any batch, from two rehearsals.
+
+    On a CPU what a step does depends on the batch (loss.py, attention.py). There two large batches are rehearsed and
+    others lie on their line; the one that is asked for is rehearsed itself.
+    """
 
     def __init__(self, plan: Plan, batch_size: int):
         self.plan, self.batch_size = plan, batch_size
-        self.two, self.three = plan.rehearse(2), plan.rehearse(3)
-        asked = with_batch(self.two, self.three, share_of_batch(batch_size, plan.mesh))
+        own = share_of_batch(batch_size, plan.mesh)
+        full = math.ceil(loss.BUFFER / plan.config.vocab_size / plan.block_size)  # sequences that fill its buffer
+        self.sizes = (2, 3) if plan.cuda else (max(own, full), 2 * max(own, full))
+        self.pair = [plan.rehearse(sequences) for sequences in self.sizes]
+        asked = with_batch(*self.pair, own) if plan.cuda else plan.rehearse(own)
         # Assumed the same for every batch; each would take seconds.
         self.holes = None if plan.cuda else heap_holes(plan, asked)
         self.estimate = itemised(plan, asked, self.holes)
 
     def needs(self, sequences: int) -> int:
         """Bytes, for so many sequences on a device."""
-        return itemised(self.plan, with_batch(self.two, self.three, sequences), self.holes).total
+        if self.plan.cuda:
+            return itemised(self.plan, with_batch(*self.pair, sequences), self.holes).total
+        first, second = (itemised(self.plan, rehearsal, self.holes).total for rehearsal in self.pair)
+        (a, b) = self.sizes
+        return first + (second - first) * (sequences - a) // (b - a)
 
     def largest_batch(self, room: int) -> int:
         """Of all devices together, where each has `room` bytes. 0 where not even one sequence fits."""

@@ -8,8 +8,8 @@ and the count follows. A model of any size takes seconds.
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -22,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import attention
+import loss
 from device import DTYPES, autocast
-from lora import LoRAConfig, apply_lora
+from lora import LoRAConfig, apply_lora, round_frozen
 from model import GPT, GPTConfig
 
 COPIES, GRADIENTS, OPTIMIZER, ACTIVATIONS = "copies", "gradients", "optimizer", "activations"
@@ -78,7 +80,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.weights = {id(p.untyped_storage()) for p in model.parameters()}
         self.shapes = {p.shape for p in model.parameters() if p.dim() == 2 and p.requires_grad and len(p) != tokens}
-        self.logits = (tokens * model.config.vocab_size, model.config.vocab_size)
+        self.logits = tokens, model.config.vocab_size
         self.sizes, self.kinds, self.moves = [], [], []
         self.numbers = dict.fromkeys(self.weights, -1)  # of the storages that are there, by id
 
@@ -98,8 +100,9 @@ class Ledger(TorchDispatchMode):
             return COPIES
         if tensor.shape in self.shapes:  # on its way to be added to a .grad
             return GRADIENTS
-        numel, vocab_size = self.logits
-        return LOGITS if tensor.numel() == numel and tensor.size(-1) == vocab_size else ACTIVATIONS
+        tokens, vocab_size = self.logits  # on a processor some tokens' at a time, and padded to ALIGNED columns
+        wide = tensor.dim() > 1 and 0 <= tensor.size(-1) - vocab_size < loss.ALIGNED
+        return LOGITS if wide and tensor.numel() <= tokens * tensor.size(-1) else ACTIVATIONS
 
     def _gone(self, key: int, n: int) -> None:
         del self.numbers[key]
@@ -110,7 +113,7 @@ class Ledger(TorchDispatchMode):
 
 
 class CudaAttention(TorchFunctionMode):
-    """Lets attention be computed with its whole matrix of weights where no fused CUDA kernel takes the call.
+    """Lets attention be computed as on a card, with its whole matrix of weights where no fused kernel takes the call.
 
     Flash attention takes no mask and no float32, and the memory-efficient kernel no grouped keys (PyTorch's
     sdp_utils.cpp): grouped keys with a mask, or in float32, leave the plain formula. cuDNN has a kernel for some of
@@ -120,6 +123,14 @@ class CudaAttention(TorchFunctionMode):
     def __init__(self, dtype: str):
         super().__init__()
         self.half = dtype != "float32"
+
+    def __enter__(self):
+        self.short, attention.SHORT = attention.SHORT, 0  # by products is a processor's way
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        attention.SHORT = self.short
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,10 +157,14 @@ def rehearse_step(
     The first, of one micro-batch, only leaves the optimizer's moments behind. From a step's second micro-batch on,
     gradients are there before the forward pass; so two of them show what any number needs.
     """
-    with FakeTensorMode(), CudaAttention(dtype) if cuda else nullcontext():
+    with FakeTensorMode(), CudaAttention(dtype) if cuda else nullcontext(), _own_buffer():
         model = GPT(config)
+        if cuda:
+            model._fused_loss = lambda x, targets: None  # a processor's way too
         if lora is not None:
             apply_lora(model, lora)
+            if dtype == "bfloat16":
+                round_frozen(model, torch.bfloat16)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Ledger(model, batch_size * block_size) as ledger:
@@ -158,9 +173,8 @@ def rehearse_step(
                 for _ in range(passes):
                     x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
                     with autocast(torch.device("cpu"), dtype):
-                        # As in Trainer.step, `_` keeps a batch's logits until the next batch has its own.
-                        _, loss = model(x, y)
-                    loss.backward()
+                        _, value = model(x, y, only_loss=True)
+                    value.backward()
                 optimizer.step()
                 for parameter in trained:
                     ledger.label(parameter.grad, GRADIENTS)
@@ -168,6 +182,14 @@ def rehearse_step(
                         ledger.label(optimizer.state[parameter][moment], OPTIMIZER)
                 optimizer.zero_grad(set_to_none=True)
         return _written(model, ledger, again)
+
+
+@contextmanager
+def _own_buffer() -> Iterator[None]:
+    """loss.py keeps its buffer from step to step: a rehearsal's is to be new, and no real step is to find it."""
+    loss.forget_buffer()
+    yield
+    loss.forget_buffer()
 
 
 def rehearse_generation(

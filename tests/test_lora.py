@@ -34,6 +34,7 @@ from lora import (
     merge_lora,
     merged,
     remove_lora,
+    round_frozen,
     set_active,
 )
 from model import GPT, GPTConfig
@@ -212,6 +213,26 @@ def test_all_is_also_the_token_embedding_and_the_head_unless_they_share_a_weight
     )
     linear = set(apply_lora(build(tie_word_embeddings=tied), LoRAConfig()).matched)
     assert set(apply_lora(model, LoRAConfig(targets="all")).matched) == linear | words
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_weights_in_half_precision_are_those_that_autocast_makes(tied):
+    model, x = gpt(tie_word_embeddings=tied), tokens(2, 16)
+    apply_lora(model, LoRAConfig(rank=2))
+    trained(model)
+    results = []
+    for rounded in (False, True):
+        if rounded:
+            round_frozen(model, torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits, loss = model(x, x)
+        loss.backward()
+        results.append([logits, loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    half = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert half and all(not p.requires_grad for name, p in model.named_parameters() if name in half)
+    assert ("lm_head.weight" in half) == (not tied) and "transformer.wte.weight" not in half
 
 
 def test_what_is_excluded_is_not_adapted():
