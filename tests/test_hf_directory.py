@@ -601,3 +601,17 @@ def test_a_model_from_elsewhere_is_adapted_by_the_standard_configuration_and_mer
     (folder / "config.json").write_text(re.sub(r'(_eps(ilon)?": )1e-0\d', r"\g<1>0.1", described))
     with pytest.raises(ValueError, match=r"described by other numbers.*norm_eps=0\.1"):
         CheckpointManager.load_model(run)
+
+
+def test_a_gemma_is_trained_by_its_name_with_gemmas_own_names_for_layers(tmp_path, dataset, script, monkeypatch):
+    """What the document of the presets says, `model=gemma3_270m`, with a tiny model in the real one's place."""
+    size = Tokenizer.load(gemma_tokenizer(tmp_path / "gemma")).vocab_size
+    monkeypatch.setitem(CASES, "gemma3", (CASES["gemma3"][0], CASES["gemma3"][1] | {"vocab_size": size}))
+    theirs("gemma3").save_pretrained(tmp_path / "gemma")
+    settings = (f"dataset={dataset}", *QUICK[len(TINY) :], "max_iters=2", "block_size=32", f"out_dir={tmp_path / 'x'}")
+    environment = {**os.environ, "NANOFORGE_GEMMA3_270M_PATH": str(tmp_path / "gemma")}
+    done = script("train.py", "model=gemma3_270m", "model.lora.r=4", *settings, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "LoRA rank 4 on 21 layers" in done.stdout
+    model, _ = CheckpointManager.load_model(tmp_path / "x")
+    assert {part.alpha for part in lora.adapters_of(model, None).values()} == {32}
