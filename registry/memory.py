@@ -333,7 +333,7 @@ def add_commands(commands: Any) -> None:
     epilog = """\
 What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes on each device. Weights are float32
 while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
---lora_rank the base has no gradients and no moments. Activations and logits grow with batch_size x block_size: where
+--lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and logits grow with batch_size x block_size: where
 a model does not fit, halve train.py's --batch_size and double its --gradient_accumulation_steps; the step stays the
 same.
 
@@ -486,14 +486,14 @@ GB of 1e9 bytes, LoRA on every linear layer, bf16 products, {TOKENS} tokens a se
 
 document: what agent-tunix's documentation asks for: all the memory of the card that it names. Nothing in its code
   computes it, and JAX takes {PREALLOCATED:.0%} of a card when it starts, whether it needs that or not.
-step here: a step of train.py on the document's batch, on a card. Weights are float32 here, bfloat16 there.
+step here: a step of train.py on the document's batch, on a card.
 of {ANSWERS} answers: the same with the sequences that GRPO makes of that batch, {ANSWERS} to each prompt.
 + reference: GRPO compares with the model as it was, held a second time, in bfloat16.
 + cache: it generates what it trains on; keys and values of all answers, in bfloat16.
 
 The document's numbers are about GRPO, and a supervised step of train.py is the column `step here`. What the sum has
 beyond the document is what train.py does and other programs may not do: it keeps every layer's activations rather than
-compute them again, the logits of all tokens at once, and float32 weights beside their bfloat16 copies."""
+compute them again, and on a card the logits of all tokens at once."""
 
 
 def _documented_row(name: str, rank: int, batch_size: int, documented: int) -> dict[str, Any]:
