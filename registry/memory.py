@@ -333,9 +333,9 @@ def add_commands(commands: Any) -> None:
     epilog = """\
 What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes on each device. Weights are float32
 while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
---lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and logits grow with batch_size x block_size: where
-a model does not fit, halve train.py's --batch_size and double its --gradient_accumulation_steps; the step stays the
-same.
+--lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and
+logits grow with batch_size x block_size: where a model does not fit, halve train.py's --batch_size and double its
+--gradient_accumulation_steps; the step stays the same.
 
 examples:
   python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
