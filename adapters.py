@@ -148,9 +148,9 @@ def _take_apart(
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """The other way round. What `_fuse` has put together gets its ranks again; in what PEFT has trained, every part has
     all of A and its own rows of B."""
-    result = {}
+    result, fused = {}, fused_layers(model)
     for whole, (A, B, alpha) in parts.items():
-        paths = fused_layers(model).get(whole)
+        paths = fused.get(whole)
         if paths is None:
             result[whole] = A, B, alpha
             continue

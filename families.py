@@ -435,8 +435,10 @@ def hf_state(model: GPT) -> dict[str, Tensor]:
 
 def fused_layers(model: nn.Module) -> dict[str, list[str]]:
     """{path of a layer in the family's own modules: paths of the layers here that lie one below the other in it}."""
+    if not isinstance(model, GPT) or model.config.block == "gpt2":
+        return {}
     try:
-        fused = FAMILIES[hf_config(model.config)["model_type"]].fused if isinstance(model, GPT) else {}
+        fused = FAMILIES[hf_config(model.config)["model_type"]].fused
     except ValueError:  # of no family
         fused = {}
     found = {}

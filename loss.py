@@ -47,7 +47,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = padded[:, :V]
             torch.mm(x[rows], weight.t(), out=logits)
             target = targets[rows].where(counted[rows], 0)
-            loss += _losses(logits, target, share[rows], for_x or for_weight) @ share[rows]
+            # No product: autocast would round that.
+            loss += (_losses(logits, target, share[rows], for_x or for_weight) * share[rows]).sum()
             if for_x:
                 torch.mm(logits, weight, out=dx[rows])
             if for_weight:

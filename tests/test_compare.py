@@ -167,7 +167,7 @@ def test_the_verdict_tells_a_difference_from_chance():
 
 
 def test_the_picture_holds_bars_and_text_whatever_the_text(models, dataset, run, tmp_path, recwarn):
-    odd = "costs $5 and $x_1$ or \\frac, \x1b[31m \u4e2d\u6587 \x00 " * 9
+    odd = "costs $5 and $x_1$ or \\frac, \x1b[31m \u4e2d\u6587 \x00 " * 60
     given = ("--data", dataset, "--max_tokens", 40, "--prompt", "the loss", "--out", "deep/er/picture.png")
     code, out, err, report = run(models["a"], models["b"], *given)
     assert code == 0 and "picture: deep/er/picture.png" in out, err

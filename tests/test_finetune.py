@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -409,6 +410,7 @@ def test_reading_during_saves_never_mixes_two_of_them(base, tmp_path, adapted):
                 tensor.fill_(n)
         metadata = {"config": {}, "iter_num": n, "best_val_loss": 1.0, "best": {"iter_num": n}, **reference}
         CheckpointManager.save_checkpoint(model, directory, metadata)
+        time.sleep(0.02)  # a load takes longer than a save this small, and would hardly ever find one whole
 
     save_number(0)
     pid = forked(lambda: [save_number(n % 200) for n in range(1, 10**6)])
