@@ -73,7 +73,8 @@ def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     things, and the next one would lie elsewhere. `forget_buffer` frees it."""
     held = getattr(_kept, "buffer", None)
     if held is None or held.dtype != like.dtype or held.numel() < rows * columns:
-        held = _kept.buffer = like.new_empty(rows * columns)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            held = _kept.buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
     return held[: rows * columns].view(rows, columns)
 
 

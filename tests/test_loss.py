@@ -59,6 +59,15 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none():
     torch.testing.assert_close(dweight, torch.autograd.grad(plain(x, weight, targets), weight)[0])
 
 
+def test_a_buffer_from_inference_mode_serves_training_too():
+    x, weight, targets = tensors(torch.float32)
+    loss.forget_buffer()
+    with torch.inference_mode():
+        fused(x, weight, targets)
+    fused(x, weight, targets).backward()
+    assert weight.grad.isfinite().all()
+
+
 def test_a_batch_without_targets_has_no_loss_and_an_impossible_target_a_finite_one():
     x, weight, targets = tensors(torch.float32)
     assert fused(x, weight, torch.full_like(targets, IGNORE_INDEX)).isnan()
