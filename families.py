@@ -195,7 +195,7 @@ def read_config(hf: Mapping[str, Any], source: str | Path, ignore: Collection[st
     `ignore` names keys that are somebody else's, and so not unknown; so does `run_keys` in the file. Of gemma3 the text
     model is taken. Raises ValueError, with every problem in one message, for what GPT does not compute exactly.
     """
-    config, kind = _read(hf, source, ignore), _family(hf, source)[1]["model_type"]
+    config, kind = _read(hf, source, ignore), family_of(hf, source)[1]["model_type"]
     with contextlib.suppress(ValueError):
         if hf_config(config)["model_type"] == kind:
             return config
@@ -204,7 +204,7 @@ def read_config(hf: Mapping[str, Any], source: str | Path, ignore: Collection[st
 
 
 def _read(hf: Mapping[str, Any], source: str | Path, ignore: Collection[str] = ()) -> GPTConfig:
-    family, hf = _family(hf, source)
+    family, hf = family_of(hf, source)
     values, fields = {**family.defaults, **hf}, dict(family.always)
     ignore = {RUN_KEYS, *(hf.get(RUN_KEYS) or ()), *ignore}
     problems = [f"{key}={value}" for key, value in hf.items() if key not in ignore and _is_odd(key, value, family)]
@@ -224,8 +224,8 @@ def _read(hf: Mapping[str, Any], source: str | Path, ignore: Collection[str] = (
         raise ValueError(f"{source}: {error}") from None
 
 
-def _family(hf: Mapping[str, Any], source: str | Path) -> tuple[Family, Mapping[str, Any]]:
-    """The family of a config.json, and what it says of the text model."""
+def family_of(hf: Mapping[str, Any], source: str | Path) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a config.json, and what that says of the text model. Raises ValueError for one not covered."""
     if hf.get("model_type") == WRAPPER:
         outer = {key: value for key, value in hf.items() if key not in ("text_config", "vision_config")}
         hf = {**(hf.get("text_config") or {}), **outer, "model_type": "gemma3_text"}
@@ -467,7 +467,7 @@ def load_pretrained(
     folder = find(path_or_hub_id, revision=revision, local_files_only=local_files_only)
     hf = read_json(folder / CONFIG)
     config = read_config(hf, folder / CONFIG, ignore)
-    return load_state(config, _family(hf, folder)[0], stored_tensors(folder), folder, dtype, device)
+    return load_state(config, family_of(hf, folder)[0], stored_tensors(folder), folder, dtype, device)
 
 
 def load_state(

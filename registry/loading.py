@@ -122,8 +122,9 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 def is_covered(folder: Path) -> bool:
     """Whether our GPT computes the model in a folder of Hugging Face's."""
     hf = read_json(folder / CONFIG)
-    family = families.FAMILIES.get("gemma3_text" if hf.get("model_type") == families.WRAPPER else hf.get("model_type"))
-    if family is None:
+    try:
+        family, _ = families.family_of(hf, folder)
+    except ValueError:
         return False
     base = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     kinds = ("Model", "TextModel", "ForConditionalGeneration")

@@ -106,13 +106,12 @@ def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int
     It is loaded like any other, from tensors that are one zero each, stretched to their shape.
     """
     config = families.read_config(hf, folder / CONFIG)
-    kind = "gemma3_text" if hf["model_type"] == families.WRAPPER else hf["model_type"]
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         return torch.zeros((), dtype=dtype or torch.int8).expand(shape)
 
     tensors = {name: hub.Stored(shape, lambda s=shape, d=dtype: zeros(s, d)) for name, (shape, dtype) in stored.items()}
-    return families.load_state(config, families.FAMILIES[kind], tensors, folder, device="meta")
+    return families.load_state(config, families.family_of(hf, folder)[0], tensors, folder, device="meta")
 
 
 def _of_ours(folder: Path) -> GPT:
