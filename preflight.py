@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from registry.catalogue import find_spec
-from registry.resolve import folder_of
+from registry.resolve import find_model, is_path
 from tokenizer import Tokenizer
 from weights import build_model, reshaped
 
@@ -96,11 +96,11 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
 
 def located(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with the folder of the model that `init_from` names, and what others call that model."""
-    path, spec = folder_of(config.init_from, local_files_only=config.local_files_only), find_spec(config.init_from)
-    if path == Path(config.init_from).expanduser():
+    if is_path(config.init_from):
         return config, config.init_from
-    in_cache = path.parent.name == "snapshots"
-    return replace(config, init_from=str(path)), (spec.hf_id if spec else config.init_from) if in_cache else str(path)
+    found, spec = find_model(config.init_from, local_files_only=config.local_files_only), find_spec(config.init_from)
+    hub_id = spec.hf_id if spec else config.init_from
+    return replace(config, init_from=str(found.path)), hub_id if found.revision else str(found.path)
 
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:

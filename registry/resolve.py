@@ -130,9 +130,12 @@ def folder_of(name: str | Path, **options: Any) -> Path:
 
     Where a path's last part alone is wrong, it stays: whoever opens it can say what lies beside.
     """
+    return _expanded(name) if is_path(name) else find_model(name, **options).path
+
+
+def is_path(name: str | Path) -> bool:
     path = _expanded(name)
-    is_path = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
-    return path if is_path else find_model(name, **options).path
+    return path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
 
 
 def _remedies(name: str | Path, spec: catalogue.ModelSpec | None, local_files_only: bool) -> str:

@@ -11,6 +11,7 @@ Tensor sizes: B texts, T tokens, C width, V vocabulary, H heads, L layers.
 import gc
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -62,7 +63,7 @@ class ModelOutputs:
         return ModelOutputs(**{name: changed(value) for name, value in vars(self).items()} | {"extra": extra})
 
 
-class BaseModelRunner:
+class BaseModelRunner(ABC):
     """A model with its tokenizer, from a folder. Subclasses say how their architecture is run.
 
     The arguments are those of `load_model`; `spec` has the defaults of dtype, quantization and tokenizer_kwargs.
@@ -265,8 +266,9 @@ class BaseModelRunner:
             outputs = self._run({"input_ids": one, "attention_mask": one + 1}, layers, logits)
         return outputs.map(_without_rows)
 
+    @abstractmethod
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
-        raise NotImplementedError
+        """A batch with tokens, on the model's device, by the architecture's own way."""
 
     def _call(self, batch: Mapping[str, Any]) -> Any:
         """Transformers' own outputs."""
