@@ -270,3 +270,7 @@ def test_a_shorter_block_size_keeps_the_first_positions():
     assert asdict(model.config)["block_size"] == 8
     with pytest.raises(ValueError, match="between 1 and the model's 8"):
         model.crop_block_size(16)
+
+
+def test_a_temperature_however_small_is_greedy():
+    assert sample(torch.tensor([[1.0, 3.0, 3.0000005, -2.0]]), 1e-40).item() == 2
