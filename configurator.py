@@ -108,7 +108,14 @@ class RunConfig:
     batch_size: int = setting(4, "sequences in a micro-batch", resume="warn")
     gradient_accumulation_steps: int = setting(4, "micro-batches in a step, over all processes", resume="warn")
     max_iters: int = setting(1000, "optimizer steps in all", resume="warn")
+    optimizer: str = setting(
+        "adamw", "adamw, or muon for the matrices inside the blocks and AdamW for the rest", ("adamw", "muon"), "refuse"
+    )
     learning_rate: float = setting(1e-3, "peak, per step of AdamW", resume="warn")
+    muon_learning_rate: float | None = setting(
+        None, "peak of muon's matrices, which decays along with learning_rate; unset: learning_rate", resume="refuse"
+    )
+    zero_init: bool = setting(False, "from scratch: the layers that end a block's branches start at 0", resume="refuse")
     min_lr: float | None = setting(None, "where the decay ends; unset: learning_rate / 10", resume="warn")
     schedule: str = setting(
         "cosine", "decay: cosine, or wsd (constant, then linear over cooldown_iters)", ("cosine", "wsd"), "warn"
@@ -154,6 +161,12 @@ class RunConfig:
             for k in ("beta1", "beta2")
             if not 0 <= getattr(self, k) < 1
         ]
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            found.append(f"muon_learning_rate={self.muon_learning_rate} belongs to optimizer=muon")
+        elif self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            found.append(f"muon_learning_rate={self.muon_learning_rate} must be above 0")
+        if self.zero_init and self.init_from not in ("scratch", "resume"):
+            found.append(f"zero_init is for training from scratch, and init_from is {self.init_from}")
         if self.decay_end < 1:
             found.append(f"lr_decay_iters={self.decay_end} must be at least 1")
         elif not 1 <= self.cooldown <= self.decay_end:

@@ -37,6 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         counted = targets != ignore_index
         share = counted.to(wide) / counted.sum()  # (N,): what each token's loss counts
+        shared = x * share[:, None].to(x.dtype)
         columns = -(-V // ALIGNED) * ALIGNED
         buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
         buffer[:, V:] = 0
@@ -48,11 +49,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.mm(x[rows], weight.t(), out=logits)
             target = targets[rows].where(counted[rows], 0)
             # No product: autocast would round that.
-            loss += (_losses(logits, target, share[rows], for_x or for_weight) * share[rows]).sum()
+            loss += (_losses(logits, target, wide, for_x or for_weight) * share[rows]).sum()
             if for_x:
                 torch.mm(logits, weight, out=dx[rows])
+                dx[rows] *= share[rows, None]
             if for_weight:
-                product = (padded.t() @ x[rows])[:V]  # (V, C)
+                product = (padded.t() @ shared[rows])[:V]  # (V, C)
                 if len(buffer) < N and dweight is None:
                     product = product.to(wide)  # a sum over several rounds is not to be rounded at each
                 dweight = product if dweight is None else dweight.add_(product)
@@ -62,7 +64,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if made is None else made * gradient for made in ctx.saved_tensors), None, None
+        # In place: the larger one takes as long to write as it took to compute. A second call is then an error.
+        return *(None if made is None else made.mul_(gradient) for made in ctx.saved_tensors), None, None
 
 
 _kept = threading.local()
@@ -82,18 +85,18 @@ def forget_buffer() -> None:
     _kept.buffer = None
 
 
-def _losses(logits: Tensor, targets: Tensor, share: Tensor, wanted: bool) -> Tensor:
-    """The cross-entropies (n,) of logits (n, V), which become the gradients of their sum by `share` if `wanted`."""
-    losses = []
+def _losses(logits: Tensor, targets: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
+    """The cross-entropies (n,) of logits (n, V) in `dtype`; `wanted`, the logits become the gradients of their sum."""
+    losses, room = [], torch.empty(min(ROWS, len(logits)), logits.size(1), dtype=dtype, device=logits.device)
     for start in range(0, len(logits), ROWS):
         rows = slice(start, start + ROWS)
         own, target = logits[rows], targets[rows, None]
+        wide = room[: len(own)].copy_(own)
         if not wanted:
-            wide = own.to(share.dtype)
             losses.append((wide.logsumexp(dim=1, keepdim=True) - wide.gather(1, target))[:, 0])
             continue
-        p = own.softmax(dim=1, dtype=share.dtype)
-        losses.append(-p.gather(1, target)[:, 0].clamp(min=torch.finfo(share.dtype).tiny).log())
+        p = torch.softmax(wide, dim=1, out=wide)
+        losses.append(-p.gather(1, target)[:, 0].clamp(min=torch.finfo(dtype).tiny).log())
         p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-        own.copy_(p.mul_(share[rows, None]))
+        own.copy_(p)
     return torch.cat(losses)

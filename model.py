@@ -208,6 +208,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
+    @property
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers that write to the residual stream."""
+        return self.attn.c_proj, self.mlp.c_proj
+
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         x = x + self.attn(self.ln_1(x), now)
         return x + self.mlp(self.ln_2(x))
@@ -278,6 +283,10 @@ class LlamaBlock(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(config.n_embd, config)
         self.post_norms, self.dropout = config.post_norms, nn.Dropout(config.dropout)
 
+    @property
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.self_attn.o_proj, self.mlp.down_proj
+
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), now)
         if self.post_norms:
@@ -326,18 +335,22 @@ class GPT(Generation, nn.Module):
             nn.init.zeros_(module.bias)
         # Each block adds two branches to the residual stream: 2 * n_layer terms keep the variance of one. `apply`
         # visits children first, so this narrows what the lines above have just drawn.
-        ends = ()
-        if isinstance(module, Block):
-            ends = module.attn.c_proj, module.mlp.c_proj
-        elif isinstance(module, LlamaBlock):
-            ends = module.self_attn.o_proj, module.mlp.down_proj
-        for layer in ends:
+        for layer in module.ends if isinstance(module, Block | LlamaBlock) else ():
             nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     @property
     def embedding(self) -> nn.Embedding:
         """Of the tokens."""
         return self.transformer.wte if self.config.block == "gpt2" else self.model.embed_tokens
+
+    def give_rows(self) -> list[Tensor]:
+        """Make the token embedding give its gradient as rows, one for each token of a batch, and return its weight; []
+        where it is frozen, adapted or the head's too. The rows are for a `grad` that is a matrix already: as matrices
+        they are mostly zeros, and to fill and add those takes 3 % of a step of the small preset."""
+        embedding = self.embedding
+        alone = type(embedding) is nn.Embedding and embedding.weight is not self.lm_head.weight
+        embedding.sparse = alone and embedding.weight.requires_grad
+        return [embedding.weight] if embedding.sparse else []
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -22,6 +22,7 @@ from distributed import Ranks
 from model import GPT, GPTConfig
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
+from optimizer import start_branches_at_zero
 from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
 from tokenizer import Tokenizer
@@ -91,7 +92,11 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         if base["sha256"] != expected:
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
     config = config.resolved(architecture, out_dir=str(directory), block_size=length)
-    return Start(config, dataset, directory, model or GPT(architecture), None, base, notes)
+    if model is None:
+        model = GPT(architecture)
+        if config.zero_init:
+            start_branches_at_zero(model)
+    return Start(config, dataset, directory, model, None, base, notes)
 
 
 def located(config: RunConfig) -> tuple[RunConfig, str]:

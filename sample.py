@@ -49,8 +49,8 @@ def main() -> int:
         "--dtype",
         choices=["auto", *DTYPES, "int8"],
         default="auto",
-        help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, which "
-        "sums in float32, and on others what training would take",
+        help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, with "
+        "sums in float32, and elsewhere what training would take",
     )
     parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")

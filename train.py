@@ -32,6 +32,7 @@ from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_
 from distributed import Ranks
 from logbook import Logbook, duration, plot_loss, read_metrics
 from model_directory import PLOT, TOKENIZER
+from optimizer import build_optimizer, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 
@@ -77,16 +78,6 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return final + min(1.0, (end - step) / config.cooldown) * (peak - final)
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """Fused AdamW with weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
 class Trainer:
     """One run: the model, what updates it, and where it stands. `run` trains until max_iters or a signal."""
 
@@ -111,6 +102,10 @@ class Trainer:
             for split, tokens in (("train", self.dataset.train), ("val", self.dataset.val))
         }
         self.optimizer = build_optimizer(self.raw_model, config)
+        self.dense = []  # weights whose gradients come in rows, to be added to a matrix that is there
+        if device.type == "cpu" and ranks.size == 1 and config.compile == "false":
+            self.dense = self.raw_model.give_rows()
+        self._drop_gradients()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0
         self.evaluated_at, self.saved_at = None, None  # iterations of the last evaluation and save
@@ -150,8 +145,7 @@ class Trainer:
     def step(self) -> tuple[float, float, float]:
         """One optimizer step over samples_per_step sequences: (mean loss before it, learning rate, gradient norm)."""
         config, rate = self.config, learning_rate(self.iter_num, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         first = self.samples_seen + self.ranks.rank * self.micro_steps * config.batch_size
         for micro in range(self.micro_steps):
@@ -170,10 +164,16 @@ class Trainer:
             raise self._not_finite(f"the loss is {loss} and the gradient's norm {norm}", rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self.iter_num += 1
         self.samples_seen += self.samples_per_step
         return loss, rate, norm
+
+    def _drop_gradients(self) -> None:
+        kept = [torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_() for weight in self.dense]
+        self.optimizer.zero_grad(set_to_none=True)
+        for weight, gradient in zip(self.dense, kept, strict=True):
+            weight.grad = gradient
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss on the fixed batches of train and val, nats per token, and val's bits per byte of UTF-8 text."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import numpy as np
 import torch
 
-from bench.train_speed import CPU, peak_memory
+from bench.contenders import peak_memory
 from configurator import PRESETS, RunConfig
 from data.tokens import Dataset
 from device import autocast
@@ -34,11 +34,13 @@ from distributed import Ranks
 from files import write_atomic
 from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
+from optimizer import build_optimizer
 from preflight import Start
 from registry.memory import Estimate, estimate
-from train import Trainer, build_optimizer, set_up
+from train import Trainer, set_up
 
 MB = 10**6
+CPU = torch.device("cpu")
 M_MMAP_THRESHOLD = -3  # from malloc.h
 
 

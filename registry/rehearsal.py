@@ -87,7 +87,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.numbers:
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                continue  # rows of a gradient (GPT.give_rows) hold no more than their values, which were here before
+            if id(storage := tensor.untyped_storage()) not in self.numbers:
                 n = self.numbers[id(storage)] = len(self.sizes)
                 self.sizes.append(storage.nbytes())
                 self.kinds.append(self._kind(func, args, tensor))
@@ -165,9 +167,12 @@ def rehearse_step(
             apply_lora(model, lora)
             if dtype == "bfloat16":
                 round_frozen(model, torch.bfloat16)
+        dense = [] if cuda else model.give_rows()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Ledger(model, batch_size * block_size) as ledger:
+            for weight in dense:
+                weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
                 for _ in range(passes):
@@ -176,11 +181,14 @@ def rehearse_step(
                         _, value = model(x, y, only_loss=True)
                     value.backward()
                 optimizer.step()
+                kept = [weight.grad for weight in dense]
                 for parameter in trained:
                     ledger.label(parameter.grad, GRADIENTS)
                     for moment in ("exp_avg", "exp_avg_sq"):
                         ledger.label(optimizer.state[parameter][moment], OPTIMIZER)
                 optimizer.zero_grad(set_to_none=True)
+                for weight, gradient in zip(dense, kept, strict=True):
+                    weight.grad = gradient
         return _written(model, ledger, again)
 
 

@@ -104,7 +104,7 @@ def test_weights_are_held_as_asked_and_int8_says_what_it_costs(trained, script, 
     assert (cost is not None) == (dtype == "int8")
     if cost:
         after, before, ratio = map(float, cost.groups())
-        assert 1 < before and 0.9 < ratio < 1.1 and abs(after / before - ratio) < 0.01
+        assert before > 1 and 0.9 < ratio < 1.1 and abs(after / before - ratio) < 0.01
 
 
 @pytest.mark.parametrize(
