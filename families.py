@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention import ORIGINAL, ROPE_TYPES
+from architecture import ORIGINAL, ROPE_TYPES
 from hub import Stored, find, read_json, stored_tensors
 from model import GPT, GPTConfig
 

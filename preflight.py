@@ -16,7 +16,7 @@ import families
 import files
 import lora
 from checkpoint import CheckpointManager
-from configurator import PRESETS, RunConfig, merge_resumed
+from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
 from model import GPT, GPTConfig
@@ -28,7 +28,6 @@ from tokenizer import Tokenizer
 from weights import build_model, reshaped
 
 ROOT = Path(__file__).resolve().parent
-LONGEST_UNASKED = 1024  # tokens of a training sequence where a model could read more
 
 
 @dataclass

@@ -11,16 +11,10 @@ import codecs
 import sys
 from pathlib import Path
 
-import torch
-
-import lora
-from checkpoint import TOKENIZER, CheckpointManager
-from device import DTYPES, pick_device
-from registry.resolve import folder_of
-from tokenizer import Tokenizer
+from configurator import PRECISIONS
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -33,10 +27,25 @@ def main() -> int:
     parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together reach p (default: all)")
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same texts (default 1337)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default float32)")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the weights (default float32)")
     parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
+import torch
+
+import lora
+from checkpoint import TOKENIZER, CheckpointManager
+from device import DTYPES, pick_device
+from registry.resolve import folder_of
+from tokenizer import Tokenizer
+
+
+def main(arguments: argparse.Namespace) -> int:
     try:
         sample(arguments)
     except (ValueError, OSError) as error:
@@ -114,4 +123,4 @@ def read_prompt(prompt: str | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))
