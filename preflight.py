@@ -19,7 +19,7 @@ from checkpoint import CheckpointManager
 from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from registry.catalogue import find_spec
@@ -251,8 +251,7 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
 
 
 def count_parameters(architecture: GPTConfig) -> int:
-    with torch.device("meta"):
-        return GPT(architecture).num_params()
+    return on_meta(architecture).num_params()
 
 
 def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[list[str], list[str]]:

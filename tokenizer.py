@@ -378,17 +378,25 @@ def _buildable_merges(tokens: Iterable[bytes]) -> list[Merge]:
     the same candidates at every step, and both take the lowest rank, leftmost first. A token that does not end as two
     parts comes out of no text and is left out; tiktoken, which looks up whole pieces first, would still find it.
     """
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(_BYTES)}
+    single = [bytes([byte]) for byte in range(256)]
+    ranks = {single[byte]: rank for rank, byte in enumerate(_BYTES)}
     unknown = float("inf")
     merges = []
     for token in tokens:
-        parts = [bytes([byte]) for byte in token]
+        parts = [single[byte] for byte in token]
+        candidates = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
         while len(parts) > 2:
-            candidates = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
-            i = candidates.index(min(candidates))
-            if candidates[i] == unknown:
+            lowest = min(candidates)
+            if lowest == unknown:
                 break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            i = candidates.index(lowest)
+            merged = parts[i] + parts[i + 1]
+            parts[i : i + 2] = [merged]
+            del candidates[i]
+            if i:
+                candidates[i - 1] = ranks.get(parts[i - 1] + merged, unknown)
+            if i < len(candidates):
+                candidates[i] = ranks.get(merged + parts[i + 1], unknown)
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
             ranks[token] = len(ranks)

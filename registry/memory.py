@@ -26,7 +26,7 @@ import loss
 from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, on_meta
 from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
 from registry.heap import heap_peak
 from registry.rehearsal import (
@@ -258,8 +258,7 @@ def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
 
 
 def _gathered(plan: Plan) -> int:
-    with torch.device("meta"):
-        model = GPT(plan.mesh.own(plan.config))
+    model = on_meta(plan.mesh.own(plan.config))
     layers = [*model.blocks, model.embedding]
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     trains = not (plan.lora or plan.generate)

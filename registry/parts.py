@@ -26,7 +26,7 @@ from torch import nn
 import files
 import hub
 from configurator import PRESETS
-from model import GPT, GPTConfig
+from model import on_meta
 from model_directory import status
 from registry import comparison, loading, picture
 from registry.catalogue import MINI_LM
@@ -266,11 +266,6 @@ def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
     if tokenizer := tokenizer_hash(folder):
         spec.extra_info["tokenizer"] = tokenizer
     return spec
-
-
-def on_meta(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
-        return GPT(config)
 
 
 # ---- commands
