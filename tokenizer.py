@@ -17,7 +17,8 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,8 @@ EOT = "<|endoftext|>"
 
 # As GPT-2 was released with (openai/gpt-2, encoder.py). Merges never cross the pieces that it cuts the text into.
 SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same pieces in less time: what cannot end otherwise is not tried again, and words, the most frequent, come first.
+FASTER_PATTERN = r" ?\p{L}++|'(?:[stmd]|re|ve|ll)| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # GPT-2 numbers the bytes that print as themselves first. In its files these stand for themselves, and the others for
 # the code points from 256 on, so that a token has a visible spelling without spaces: " the" is "Ġthe".
@@ -74,7 +77,7 @@ class Tokenizer:
         self._tokens = [*(bytes([byte]) for byte in _BYTES), *(left + right for left, right in merges)]
         self._tiktoken = tiktoken.Encoding(
             name,
-            pat_str=SPLIT_PATTERN,
+            pat_str=FASTER_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
             special_tokens={EOT: self.eot},
         )
@@ -97,15 +100,21 @@ class Tokenizer:
         """The ids of `text`. `<|endoftext|>` in it is ordinary text, so that no document can end itself early."""
         return self._encode(text).tolist()
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> list[np.ndarray]:
-        """The ids of every text, a uint32 array each, on `threads` threads (default: one per core)."""
-        texts, threads = list(texts), threads or os.cpu_count() or 1
-        # A task per text costs more than encoding a short one; a few tasks per thread keep the cores evenly busy.
-        size = min(64, len(texts) // (4 * threads) + 1)
-        slices = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
-            encoded = pool.map(lambda part: [self._encode(text) for text in part], slices)
-            return [ids for part in encoded for ids in part]
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of all texts, one after another, each followed by `eot`: uint32. Other threads run meanwhile.
+
+        tiktoken gives the others their turn between two calls, so it gets all texts in one, with `<|endoftext|>`
+        between them, where none of them has that as ordinary text.
+        """
+        joined = EOT.join([*texts, ""])
+        if joined.count(EOT) == len(texts):
+            with suppress(ValueError):  # one of them needs what `_encode` does
+                return self._tiktoken.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+        return self._with_ends(map(self._encode, texts))
+
+    def _with_ends(self, encoded: Iterable[np.ndarray]) -> np.ndarray:
+        end = np.array([self.eot], dtype=np.uint32)
+        return np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]])
 
     def _encode(self, text: str) -> np.ndarray:
         try:
@@ -242,14 +251,16 @@ class ForeignTokenizer(Tokenizer):
         content = json.dumps([self._content | {"model": model}, self.eot], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> list[np.ndarray]:
-        """As Tokenizer.encode_batch; the library decides about threads."""
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        return self._with_ends(self._encode_all(texts))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         valid = [_LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text) for text in texts]
         encoded = self._library.encode_batch_fast(valid, add_special_tokens=False)
         return [np.concatenate([self._prefix, np.array(e.ids, dtype=np.uint32)]) for e in encoded]
-
-    def _encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of `ids`, special tokens left out. ValueError for an unknown id."""

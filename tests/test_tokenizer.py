@@ -118,15 +118,15 @@ class TestEncoding:
     def test_end_of_text_inside_a_document_is_ordinary_text(self, ours):
         for text in (EOT, f"a{EOT}{EOT}\n{EOT} b"):
             assert ours.eot not in ours.encode(text)
-            assert ours.eot not in ours.encode_batch([text])[0]
+            assert ours.encode_documents(["b", text, "a"]).tolist().count(ours.eot) == 3
             assert ours.decode(ours.encode(text)) == text
 
-    def test_a_batch_gives_each_text_its_own_ids_in_order(self, ours, documents):
-        texts = [*documents, "", EOT, "a\ud800b"]
-        for batch in (ours.encode_batch(texts), ours.encode_batch(iter(texts), threads=3)):
-            assert all(isinstance(ids, np.ndarray) and ids.dtype == np.uint32 for ids in batch)
-            assert [ids.tolist() for ids in batch] == [ours.encode(text) for text in texts]
-        assert ours.encode_batch([]) == []
+    @pytest.mark.parametrize("odd", [[], ["", ""], [EOT], ["a\ud800b"], ["<|endoftext|", "|>"], [" ", "  \n"]])
+    def test_documents_are_encoded_as_each_alone_with_end_of_text_behind_it(self, ours, documents, odd):
+        for texts in (odd, [*documents, *odd, "end  "]):
+            ids = ours.encode_documents(texts)
+            assert isinstance(ids, np.ndarray) and ids.dtype == np.uint32
+            assert ids.tolist() == [i for text in texts for i in (*ours.encode(text), ours.eot)]
 
     def test_half_a_surrogate_pair_becomes_the_replacement_character(self, ours):
         assert ours.decode(ours.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
