@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from hypothesis import given, settings
 
@@ -86,6 +88,18 @@ class TestEncoding:
         for start in range(0, len(contexts), 4096):
             text = "".join(contexts[start : start + 4096])
             assert ours.encode(text) == theirs.encode(text).ids, f"from character {start:#x} on"
+
+    def test_the_faster_pattern_cuts_every_short_text_as_the_released_one_does(self):
+        alphabet = " \n's1!é"
+        texts = ["".join(text) for length in (1, 2, 3, 4, 5) for text in itertools.product(alphabet, repeat=length)]
+        pieces = {text.encode() for text in texts if len(text) < 4} | {bytes([byte]) for byte in range(256)}
+        ranks = {piece: rank for rank, piece in enumerate(sorted(pieces, key=len))}  # every piece has an id of its own
+        released, faster = (
+            tiktoken.Encoding(pattern, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            for pattern in (tokenizer.SPLIT_PATTERN, tokenizer.FASTER_PATTERN)
+        )
+        for text in texts:
+            assert faster.encode_ordinary(text) == released.encode_ordinary(text), repr(text)
 
     @SNAPSHOT
     @given(
