@@ -215,9 +215,7 @@ def test_our_turn_writes_what_the_corpus_holds(corpus):
         ids += [*tokenizer.encode(text), tokenizer.eot]
     assert turn["sha256"]["val"] == hashlib.sha256(np.array(ids, dtype=np.uint16).tobytes()).hexdigest()
     data_speed.check_same({"ours": [turn, turn]})
-    with pytest.raises(
-        ValueError, match="do not write the same tokens, so their speeds mean nothing: ours: .*; theirs: "
-    ):
+    with pytest.raises(ValueError, match=r"do not write the same tokens, .*: ours: .*; theirs: "):
         data_speed.check_same({"ours": [turn], "theirs": [{**turn, "sha256": {"train": "a", "val": "b"}}]})
 
 
