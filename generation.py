@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+COLDEST = 1e-30  # a temperature below it would divide logits to infinity, and is as good as greedy
+
 
 class Generation:
     """Mixed into GPT, of which it uses config.block_size, forward, new_cache and turns_otherwise."""
@@ -90,8 +92,8 @@ def sample(
 ) -> Tensor:
     """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
 
-    top_p (Holtzman et al. 2020) keeps the smallest set of tokens whose probabilities reach it. Raises ValueError for
-    settings outside their range.
+    top_k keeps the k likeliest tokens, of equally likely ones any; top_p (Holtzman et al. 2020) the smallest set whose
+    probabilities reach it. Raises ValueError for settings outside their range.
     """
     if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(
@@ -99,17 +101,17 @@ def sample(
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float()
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # however small, it overflows downwards
+    logits, ids = logits.float() / max(temperature, COLDEST), None
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits, ids = logits.topk(top_k)  # (B, k), in descending order
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(dim=-1)
+        if ids is None:
+            logits, ids = logits.sort(descending=True)
+        probabilities = logits.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what precedes already reaches top_p
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+        logits = logits.masked_fill(outside, -math.inf)
     # torch.multinomial draws a number for every id, which takes longer than all of the above.
     ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64 if logits.device.type != "mps" else None)  # (B, V)
     drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
-    return torch.searchsorted(ends, drawn, right=True)[:, 0]
+    token = torch.searchsorted(ends, drawn, right=True)
+    return (token if ids is None else ids.gather(1, token))[:, 0]

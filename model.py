@@ -235,6 +235,10 @@ class GPT(Generation, nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.block == "gpt2" else self.model.layers
 
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.transformer.ln_f if self.config.block == "gpt2" else self.model.norm
+
     def num_params(self) -> int:
         """Every parameter once, position embeddings included: the count in a model directory's name."""
         return sum(p.numel() for p in self.parameters())
@@ -276,7 +280,7 @@ class GPT(Generation, nn.Module):
             if hidden_states is not None:
                 hidden_states.append(x)
             x = block(x, now)
-        x = self.transformer.ln_f(x) if self.config.block == "gpt2" else self.model.norm(x)
+        x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
         if cache is not None:
@@ -318,7 +322,7 @@ class GPT(Generation, nn.Module):
             narrow = local and window is not None and window < S
             # Causal from the first key on, or one query that sees all: attention knows both without a mask.
             if narrow or attention_mask is not None or (seen and T > 1):
-                device = self.lm_head.weight.device
+                device = self.final_norm.weight.device
                 queries, keys = torch.arange(seen, S, device=device)[:, None], torch.arange(S, device=device)
                 mask = keys <= queries  # (T, S)
                 if narrow:
@@ -353,7 +357,7 @@ class GPT(Generation, nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        weight = self.lm_head.weight
+        weight = self.final_norm.weight  # as wide as activations are, whatever holds the matrices (packed.py)
         return KVCache(self.config, batch_size, weight.device, weight.dtype, length)
 
     def turns_otherwise(self, cached: int, length: int) -> bool:

@@ -3,15 +3,20 @@
 python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
 python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
 python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
+python sample.py models/gpt-38M-scientific-pretrain --prompt "We prove" --prompt "In this paper we" --dtype int8
 echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
 """
 
 import argparse
 import codecs
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from configurator import PRECISIONS
+
+SEPARATOR = "---------------"
+ROWS = 8  # texts generated at a time, for hardly more than the price of one
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -19,15 +24,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("directory", help="model directory, a ckpt.pt, or a name that `python -m registry list` has")
-    parser.add_argument("--prompt", help="text, or FILE:PATH; from stdin when that is no terminal; else end of text")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many texts, one after another (default 1)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="text, or FILE:PATH; may be given several times; from stdin when that is no terminal; else end of text",
+    )
+    parser.add_argument("--num_samples", type=int, default=1, help="how many texts for each prompt (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation, tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
     parser.add_argument("--top_k", type=int, help="only the k likeliest tokens (default: all)")
     parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together reach p (default: all)")
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same texts (default 1337)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the weights (default float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *PRECISIONS, "int8"],
+        default="auto",
+        help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, which "
+        "sums in float32, and on others what training would take",
+    )
     parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
     return parser.parse_args(arguments)
@@ -37,10 +52,13 @@ if __name__ == "__main__":
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import torch
+from torch import Tensor
 
 import lora
+import packed
 from checkpoint import TOKENIZER, CheckpointManager
-from device import DTYPES, pick_device
+from device import DTYPES, pick_device, pick_dtype
+from model import GPT
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
@@ -57,37 +75,92 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Stream `num_samples` texts to stdout. Raises ValueError or OSError for what a user can cause."""
+    """Write the texts to stdout, the first one as it is generated. Raises ValueError or OSError for what a user can
+    cause."""
     if arguments.num_samples < 1 or arguments.max_new_tokens < 1:
         raise ValueError("--num_samples and --max_new_tokens must be at least 1")
     device = pick_device(arguments.device)
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
-    if lora.adapter_names(model):
-        lora.merge_lora(model, dtype=DTYPES[arguments.dtype])  # generates faster, and rounds once
     tokenizer = find_tokenizer(arguments.tokenizer, metadata)
-    model.to(DTYPES[arguments.dtype])
-    prompt = read_prompt(arguments.prompt)
-    ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
+    prompts = [read_prompt(prompt) for prompt in arguments.prompt or [None]]
+    lighten(model, arguments.dtype, tokenizer)
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    for number in range(arguments.num_samples):
-        if number:
-            print("---------------")
-        print(prompt, end="", flush=True)
-        # A character may need several tokens, so bytes wait here until they are whole.
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in model.stream(
-            ids,
-            arguments.max_new_tokens,
+    rows = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    for first in range(0, len(rows), ROWS):
+        some = rows[first : first + ROWS]
+        stream = model.stream(
+            **padded([tokenizer.encode(prompt) or [tokenizer.eot] for prompt in some], device),
+            max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             stop_tokens=tokenizer.stops,
             vocab_size=tokenizer.vocab_size,
             generator=generator,
-        ):
-            if token.item() not in tokenizer.stops:
-                print(text.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-        print(text.decode(b"", final=True))
+        )
+        show(stream, some, tokenizer, separate=first > 0)
+
+
+def show(stream: Iterator[Tensor], prompts: list[str], tokenizer: Tokenizer, separate: bool) -> None:
+    """Print the text of the stream's first row as it comes, and then those of the others."""
+    if separate:
+        print(SEPARATOR)
+    print(prompts[0], end="", flush=True)
+    # A character may need several tokens, so bytes wait here until they are whole.
+    text, tokens, stopped = codecs.getincrementaldecoder("utf-8")(errors="replace"), [], False
+    for token in stream:
+        tokens.append(token)
+        stopped = stopped or token[0].item() in tokenizer.stops
+        if not stopped:
+            print(text.decode(tokenizer.decode_bytes(token[:1].tolist())), end="", flush=True)
+    print(text.decode(b"", final=True))
+    for prompt, row in zip(prompts[1:], torch.stack(tokens, dim=1)[1:].tolist(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in tokenizer.stops), len(row))
+        print(SEPARATOR)
+        print(prompt + tokenizer.decode_bytes(row[:end]).decode("utf-8", errors="replace"))
+
+
+def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor | None]:
+    """Prompts of any lengths as what `stream` takes: idx (B, T), and attention_mask where some are shorter."""
+    longest = max(map(len, rows))
+    idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"idx": idx, "attention_mask": None if mask.all() else mask}
+
+
+def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
+    """Hold the weights as `--dtype` says, adapters merged; tell stderr what int8 costs."""
+    device = model.final_norm.weight.device
+    packs = packed.can_pack(device)
+    if dtype == "auto":
+        dtype = "float16" if packs else pick_dtype("auto", device)[0]
+    packs = dtype == "int8" or (dtype == "float16" and packs)
+    whole = torch.float32 if packs else DTYPES[dtype]
+    if lora.adapter_names(model):
+        lora.merge_lora(model, dtype=whole)  # generates faster, and rounds once
+    model.to(whole)
+    if packs and dtype == "int8":
+        text = own_text(model, tokenizer)
+        before, after = perplexity(model, text), perplexity(packed.pack(model, dtype), text)
+        print(
+            f"int8: perplexity {after:.3f}, in float32 {before:.3f} ({after / before:.4f} x), on {text.numel()} tokens "
+            "that the model wrote in float32",
+            file=sys.stderr,
+        )
+    elif packs:
+        packed.pack(model, dtype)
+
+
+def own_text(model: GPT, tokenizer: Tokenizer) -> Tensor:
+    """Sequences (B, T) drawn from the model: there is no other text that every model has."""
+    start = torch.full((8, 1), tokenizer.eot, device=model.final_norm.weight.device)
+    generator = torch.Generator(start.device).manual_seed(0)
+    return model.generate(start, min(63, model.config.block_size), vocab_size=tokenizer.vocab_size, generator=generator)
+
+
+def perplexity(model: GPT, text: Tensor) -> float:
+    with torch.no_grad():
+        return model.eval()(text[:, :-1], text[:, 1:].contiguous(), only_loss=True)[1].exp().item()
 
 
 def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:

@@ -287,3 +287,7 @@ def test_a_model_on_meta_is_the_model_without_its_numbers(preset):
 def test_no_compiler_is_imported_for_shapes():
     code = "import sys, model; model.on_meta(model.GPTConfig(8, 9, 1, 1, 8)); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_temperature_however_small_is_greedy():
+    assert sample(torch.tensor([[1.0, 3.0, 3.0000005, -2.0]]), 1e-40).item() == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -85,22 +86,25 @@ def test_text_streams_while_it_is_generated(trained):
     process.wait()
 
 
-def test_half_precision_is_on_request(trained, script):
-    done = script(
-        "sample.py",
-        trained,
-        "--prompt",
-        "the loss",
-        "--dtype",
-        "bfloat16",
-        "--max_new_tokens",
-        10,
-        "--top_k",
-        5,
-        "--top_p",
-        0.9,
-    )
-    assert done.returncode == 0 and done.stdout.startswith("the loss")
+def test_prompts_of_different_lengths_are_told_as_each_is_alone(trained, script):
+    greedy = ("--temperature", 0, "--max_new_tokens", 12)
+    prompts = ["the gradient", "a model of the loss shows that", "x"]
+    alone = [script("sample.py", trained, "--prompt", prompt, *greedy).stdout for prompt in prompts]
+    given = (word for prompt in prompts for word in ("--prompt", prompt))
+    together = script("sample.py", trained, *given, *greedy).stdout
+    assert together == "---------------\n".join(alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_weights_are_held_as_asked_and_int8_says_what_it_costs(trained, script, dtype):
+    options = ("--dtype", dtype, "--max_new_tokens", 10, "--top_k", 5, "--top_p", 0.9)
+    done = script("sample.py", trained, "--prompt", "the loss", *options)
+    assert done.returncode == 0 and done.stdout.startswith("the loss"), done.stderr
+    cost = re.search(r"int8: perplexity ([\d.]+), in float32 ([\d.]+) \(([\d.]+) x\)", done.stderr)
+    assert (cost is not None) == (dtype == "int8")
+    if cost:
+        after, before, ratio = map(float, cost.groups())
+        assert before > 1 and 0.9 < ratio < 1.1 and abs(after / before - ratio) < 0.01
 
 
 @pytest.mark.parametrize(

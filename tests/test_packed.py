@@ -1,0 +1,107 @@
+"""packed.py: weights of 16 and 8 bits give the numbers of a model that was rounded in the same way."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import packed
+from model import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+KINDS = {
+    "gpt2": GPTConfig(block_size=48, vocab_size=203, n_layer=2, n_head=2, n_embd=32),
+    "llama": GPTConfig(
+        block_size=48,
+        vocab_size=203,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        block="llama",
+        bias=False,
+        qkv_bias=True,
+        tie_word_embeddings=False,
+        norm_plus_one=True,
+        logit_softcap=30.0,
+    ),
+}
+pytestmark = pytest.mark.skipif(not packed.can_pack(CPU), reason="FBGEMM is for x86 processors")
+
+
+@pytest.fixture(params=KINDS)
+def model(request) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(KINDS[request.param]).eval()
+    for parameter in model.parameters():  # biases and norms that count
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def rounded(model: GPT) -> GPT:
+    """In float32, with the linear layers' weights that float16 leaves; a tied embedding keeps its own."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.half().float())
+    return model
+
+
+def test_float16_weights_give_the_logits_of_rounded_weights(model):
+    idx = torch.randint(203, (3, 20))
+    cache = model.new_cache(3, 20)
+    with torch.no_grad():
+        expected, _ = rounded(model).double()(idx, targets=idx)
+        half = packed.pack(model)
+        whole, loss = half(idx, targets=idx)
+        half(idx[:, :19], cache=cache)
+        last, _ = half(idx[:, 19:], cache=cache)
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-5, atol=1e-4)
+    assert whole.dtype == torch.float32 and loss.isfinite() and not any(type(m) is nn.Linear for m in half.modules())
+
+
+def test_float16_weights_generate_the_tokens_of_rounded_weights(model):
+    idx = torch.randint(203, (2, 5))
+    expected = rounded(model).generate(idx, 60, temperature=0)  # beyond the context, where the cache ends
+    assert torch.equal(packed.pack(model).generate(idx, 60, temperature=0), expected)
+
+
+def test_prompts_of_different_lengths_generate_together_what_they_do_alone(model):
+    half = packed.pack(model)
+    rows = [torch.randint(203, (1, n)) for n in (3, 7, 11)]
+    alone = [half.generate(row, 12, temperature=0)[0, -12:] for row in rows]
+    idx, mask = torch.zeros(3, 11, dtype=torch.long), torch.zeros(3, 11, dtype=torch.long)
+    for i, row in enumerate(rows):
+        idx[i, -row.size(1) :], mask[i, -row.size(1) :] = row[0], 1
+    together = half.generate(idx, 12, temperature=0, attention_mask=mask)[:, -12:]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_int8_weights_are_within_half_a_step_of_their_row(model):
+    layer = model.blocks[0].mlp.get_submodule("c_fc" if model.config.block == "gpt2" else "up_proj")
+    with torch.no_grad():
+        layer.weight[3] = 0  # a row of nothing has no scale
+    eighth = packed.Int8Linear(layer)
+    error = (eighth.weight * eighth.scales[:, None] - layer.weight).abs()
+    assert (error <= eighth.scales[:, None] * 0.501).all() and not eighth.weight[3].any()
+    x = torch.randn(2, 3, 32)
+    exact = nn.functional.linear(x.bfloat16().double(), (eighth.weight * eighth.scales[:, None]).double())
+    exact += 0 if layer.bias is None else layer.bias
+    torch.testing.assert_close(eighth(x).double(), exact, rtol=2**-7, atol=0.02)
+
+
+def test_int8_logits_stay_near_and_are_those_of_no_other_dtype(model):
+    idx = torch.randint(203, (4, 30))
+    with torch.no_grad():
+        exact = model(idx, targets=idx)[1]
+        eighth = packed.pack(model, "int8")(idx, targets=idx)[1]
+    assert 0 < abs(eighth - exact) < 0.05 * exact
+
+
+def test_a_weight_that_float16_cannot_hold_stays_as_it_is(model):
+    with torch.no_grad():
+        model.blocks[1].mlp.get_submodule("c_fc" if model.config.block == "gpt2" else "up_proj").weight[0, 0] = 1e5
+    half = packed.pack(model)
+    assert sum(type(module) is nn.Linear for module in half.modules()) == 1
