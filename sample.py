@@ -15,9 +15,6 @@ from pathlib import Path
 
 from configurator import PRECISIONS
 
-SEPARATOR = "---------------"
-ROWS = 8  # texts generated at a time, for hardly more than the price of one
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -40,8 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", *PRECISIONS, "int8"],
         default="auto",
-        help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, which "
-        "sums in float32, and on others what training would take",
+        help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, "
+        "which sums in float32, and on others what training would take",
     )
     parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
@@ -61,6 +58,9 @@ from device import DTYPES, pick_device, pick_dtype
 from model import GPT
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
+
+SEPARATOR = "---------------"
+ROWS = 8  # texts generated at a time, for hardly more than the price of one
 
 
 def main(arguments: argparse.Namespace) -> int:
