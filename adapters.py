@@ -29,9 +29,9 @@ import files
 import lora
 from families import fused_layers
 from hub import raw_bytes, write_tensors
+from model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = (Path(name).name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
 FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ORIGINAL = "original_max_position_embeddings"
-ROPE_TYPES = {  # kinds of scaling, and the numbers that each needs
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
-    "yarn": ("factor", ORIGINAL),
-    "longrope": ("short_factor", "long_factor", ORIGINAL),
-}
+from architecture import ORIGINAL
+
 SHORT = 1 << 23  # scores of one layer, held for its backward pass: 16 MB in bfloat16
 
 

@@ -21,17 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-from torch import nn
-
-import adapters
-import families
-import files
-import hub
-import hugging_face
-import lora
-from model import GPT, GPTConfig
 from model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -52,6 +41,65 @@ from model_directory import (
     show,
     status,
 )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Look after model directories.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
+        sub = commands.add_parser(command, help=help)
+        sub.add_argument(
+            "root", nargs="?", type=Path, default=Path("models"), help="folder of models (default: models)"
+        )
+    sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
+    for command, help in (
+        ("show", "print export_meta.json"),
+        ("verify", "check every file's hash"),
+        ("deploy", "copy the best weights"),
+    ):
+        sub = commands.add_parser(command, help=help)
+        sub.add_argument("directory", type=Path)
+        if command == "verify":
+            sub.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
+    sub.add_argument("destination", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.command == "verify":
+            problems = CheckpointManager.verify(arguments.directory, arguments.base)
+            print("\n".join(problems) or f"{arguments.directory} is sound")
+            return 1 if problems else 0
+        actions = {
+            "list": lambda: list_models(arguments.root),
+            "prune": lambda: prune(arguments.root, arguments.yes),
+            "show": lambda: show(_locate(arguments.directory)[0]),
+            "deploy": lambda: deploy(_locate(arguments.directory)[0], arguments.destination),
+        }
+        print(actions[arguments.command]())
+    except (ValueError, OSError) as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+    if ARGUMENTS.command in ("list", "prune"):  # nor do these: they open no weights
+        sys.exit(main(ARGUMENTS))
+
+import numpy
+import torch
+from torch import nn
+
+import adapters
+import families
+import files
+import hub
+import hugging_face
+import lora
+from model import GPT, GPTConfig
 from weights import build_model, model_args, read_checkpoint, reshaped
 
 
@@ -377,43 +425,5 @@ def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
     return lambda file: file.write(data)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Look after model directories.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
-        sub = commands.add_parser(command, help=help)
-        sub.add_argument(
-            "root", nargs="?", type=Path, default=Path("models"), help="folder of models (default: models)"
-        )
-    sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
-    for command, help in (
-        ("show", "print export_meta.json"),
-        ("verify", "check every file's hash"),
-        ("deploy", "copy the best weights"),
-    ):
-        sub = commands.add_parser(command, help=help)
-        sub.add_argument("directory", type=Path)
-        if command == "verify":
-            sub.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
-    sub.add_argument("destination", type=Path)
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "verify":
-            problems = CheckpointManager.verify(arguments.directory, arguments.base)
-            print("\n".join(problems) or f"{arguments.directory} is sound")
-            return 1 if problems else 0
-        actions = {
-            "list": lambda: list_models(arguments.root),
-            "prune": lambda: prune(arguments.root, arguments.yes),
-            "show": lambda: show(_locate(arguments.directory)[0]),
-            "deploy": lambda: deploy(_locate(arguments.directory)[0], arguments.destination),
-        }
-        print(actions[arguments.command]())
-    except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

@@ -21,13 +21,38 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from configurator import PRECISIONS
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("a", metavar="A", help="model directory, or a ckpt.pt")
+    add("b", metavar="B", help="the other one; differences are B - A")
+    add("--data", nargs="+", metavar="NAME", help="folders under data/, or paths (default: what A and B trained on)")
+    add("--max_tokens", type=int, default=50_000, help="held-out tokens of each dataset, 0 for all (default 50000)")
+    add("--prompt", action="append", default=[], help="text, or FILE:PATH; repeatable (default: from each dataset)")
+    add("--max_new_tokens", type=int, default=60, help="longest continuation, tokens (default 60)")
+    add("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
+    add("--seed", type=int, default=1337, help="same seed, same continuations, those of sample.py (default 1337)")
+    add("--out", type=Path, metavar="FILE", help="the picture (default: A-vs-B.png, here, of the directories' names)")
+    add("--json", type=Path, metavar="FILE", help="write all of it there too, for programs")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    add("--dtype", choices=PRECISIONS, default="float32", help="of the weights (default float32)")
+    add("--base", help="where the base of a LoRA directory lies now, if it was moved")
+    add("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -44,6 +69,9 @@ from preflight import find_dataset
 from registry.resolve import folder_of
 from sample import find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOGITS = 1 << 25  # computed at a time: 134 MB in float32, whatever the vocabulary
 WIDTH = 96  # of the continuations, characters
@@ -75,26 +103,7 @@ class Text:
     same_tokens: bool
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("a", metavar="A", help="model directory, or a ckpt.pt")
-    add("b", metavar="B", help="the other one; differences are B - A")
-    add("--data", nargs="+", metavar="NAME", help="folders under data/, or paths (default: what A and B trained on)")
-    add("--max_tokens", type=int, default=50_000, help="held-out tokens of each dataset, 0 for all (default 50000)")
-    add("--prompt", action="append", default=[], help="text, or FILE:PATH; repeatable (default: from each dataset)")
-    add("--max_new_tokens", type=int, default=60, help="longest continuation, tokens (default 60)")
-    add("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
-    add("--seed", type=int, default=1337, help="same seed, same continuations, those of sample.py (default 1337)")
-    add("--out", type=Path, metavar="FILE", help="the picture (default: A-vs-B.png, here, of the directories' names)")
-    add("--json", type=Path, metavar="FILE", help="write all of it there too, for programs")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default float32)")
-    add("--base", help="where the base of a LoRA directory lies now, if it was moved")
-    add("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> int:
     try:
         report = compare(arguments)
         print(as_text(report), flush=True)
@@ -357,6 +366,9 @@ def wrapped(label: str, text: str) -> list[str]:
 
 def as_picture(report: dict[str, Any]) -> bytes:
     """A PNG: bits per byte of each dataset and model as bars, or the loss where bytes are unknown; below, the text."""
+    import matplotlib  # a third of a second, which no mistake need wait for
+    from matplotlib.figure import Figure
+
     lines = sample_lines(report)[:PICTURE_LINES]
     heights = [3.5, 0.17 * len(lines) + 0.1]
     figure = Figure(figsize=(9, sum(heights) + 0.6), dpi=120, layout="constrained")
@@ -376,7 +388,7 @@ def as_picture(report: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def draw_bars(axes: Axes, report: dict[str, Any]) -> None:
+def draw_bars(axes: "Axes", report: dict[str, Any]) -> None:
     data = report["data"]
     known = all(result["A"]["bits_per_byte"] is not None for result in data)
     key, label = ("bits_per_byte", "bits per byte") if known else ("loss", "loss (nats per token)")
@@ -393,4 +405,4 @@ def draw_bars(axes: Axes, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

@@ -1,5 +1,7 @@
 """The run configuration: one dataclass holds every setting's name, type, default and help; PRESETS names architectures.
 
+Imports nothing slow: each script reads its command line above the imports of torch, which takes a second to come.
+
 Defaults yield to configuration files, files to the command line:
 
     python train.py config/train_scientific.py --learning_rate=3e-4 max_iters=2000
@@ -13,14 +15,15 @@ import difflib
 import math
 import re
 import runpy
+import sys
 import textwrap
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-from lora import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
-from model import GPTConfig
+from architecture import GPTConfig
+from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
 
 
 def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
@@ -48,6 +51,10 @@ PRESETS = {
     "gemma3-12b": gemma3(48, 3840, 16, 8, 15360),
     "gemma3-27b": gemma3(62, 5376, 32, 16, 21504, head_size=128, query_scalar=168),
 }
+
+PRECISIONS = ("float32", "bfloat16", "float16")  # of weights and of matrix products, as torch calls them
+PRECISION_SPELLINGS = dict(zip(("fp32", "bf16", "fp16"), PRECISIONS, strict=True)) | {name: name for name in PRECISIONS}
+LONGEST_UNASKED = 1024  # tokens of a training sequence where a model could read more
 
 
 def setting(default: Any, help: str, choices: tuple = (), resume: str = "free") -> Any:
@@ -137,9 +144,7 @@ class RunConfig:
     sample_tokens: int = setting(60, "tokens of text to sample after each evaluation; 0: none")
 
     device: str = setting("auto", "auto (cuda, mps, cpu: the first there is), or cpu, cuda, cuda:1, mps, ...")
-    dtype: str = setting(
-        "auto", "of matrix products; auto measures on a CPU", ("auto", "float32", "bfloat16", "float16"), "warn"
-    )
+    dtype: str = setting("auto", "of matrix products; auto measures on a CPU", ("auto", *PRECISIONS), "warn")
     compile: str = setting("auto", "torch.compile; auto: on CUDA, where it works", ("auto", "true", "false"), "warn")
 
     def problems(self) -> list[str]:
@@ -237,6 +242,20 @@ ALIASES = {key: name for key, name in LORA_KEYS.items() if key not in FIELDS}  #
 ALIASES |= {"model": "init_from", "model.name": "init_from", "model.local_files_only": "local_files_only"}
 LORA_KEYS |= {"enabled": "lora"} | {name.removeprefix("lora_"): name for name in FIELDS if name.startswith("lora_")}
 ALIASES |= {f"{group}lora.{key}": name for key, name in LORA_KEYS.items() for group in ("", "model.")}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[RunConfig, dict[str, str]]:
+    """`load` for a command line: with --help among the arguments, or where they cannot be, the program ends here."""
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [argument for argument in given if argument not in ("-h", "--help")]
+    try:
+        config, sources = load(words)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    if words != given:
+        print(help_text(config))
+        sys.exit()
+    return config, sources
 
 
 def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:

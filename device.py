@@ -6,7 +6,9 @@ import time
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from configurator import PRECISIONS
+
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -15,6 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configurator import PRECISIONS
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("directory", type=Path, help="a model directory; one with an adapter is merged on the way")
+    parser.add_argument("--to", choices=["gguf"], required=True, help="the format")
+    parser.add_argument("--out", type=Path, help="the file (default: NAME.gguf, here)")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the matrices (default float32)")
+    parser.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +43,6 @@ from model import GPT, GPTConfig
 from registry.resolve import folder_of
 from tokenizer import EOT, ForeignTokenizer, Tokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
 CONTROL, NORMAL, UNUSED = 3, 1, 5  # token types of the format
 
 
@@ -56,16 +73,7 @@ LLAMA_FIELDS = {
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "tie_word_embeddings"}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("directory", type=Path, help="a model directory; one with an adapter is merged on the way")
-    parser.add_argument("--to", choices=["gguf"], required=True, help="the format")
-    parser.add_argument("--out", type=Path, help="the file (default: NAME.gguf, here)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices (default float32)")
-    parser.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> int:
     try:
         print(to_gguf(folder_of(arguments.directory), arguments.out, arguments.dtype, arguments.base))
     except (ValueError, OSError) as error:
@@ -294,4 +302,4 @@ def read_back(gguf, path: Path, facts: dict[str, Any], state: Iterator[tuple[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention import ORIGINAL, ROPE_TYPES
+from architecture import ORIGINAL, ROPE_TYPES
 from hub import Stored, find, read_json, stored_tensors
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 
 CONFIG = "config.json"
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it
@@ -397,8 +397,7 @@ def _write(config: GPTConfig, kind: str, family: Family) -> dict[str, Any]:
 
 def _layout(config: GPTConfig, family: Family) -> dict[str, dict[str, torch.Size]]:
     """The tensors of a file by name, and what lies in each, one below the other: our tensors' names and shapes."""
-    with torch.device("meta"):
-        ours = GPT(replace(config, bias=True) if family.biases else config).state_dict()
+    ours = on_meta(replace(config, bias=True) if family.biases else config).state_dict()
     whole = {part: fused for fused, parts in family.fused.items() for part in parts}
     layout = {}
     for name, tensor in ours.items():
@@ -479,8 +478,7 @@ def load_state(
     device: str | torch.device = "cpu",
 ) -> GPT:
     """A GPT with the tensors of a file of `family`'s. `source` is for messages. Raises ValueError for a misfit."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = on_meta(config)
     layout, ours = _layout(config, family), model.state_dict()
     found = _by_known_names(tensors, family, "transformer." if config.block == "gpt2" else "model.")
     absent = {name for name, parts in layout.items() if not parts.keys() & ours.keys()}  # a bias-free GPT-2's biases

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 import files
 from model_directory import LOG, METRICS
 
@@ -77,6 +75,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:
     """loss.png: the training loss step by step, and both losses of every evaluation. Nats per token over steps."""
+    from matplotlib.figure import Figure  # a third of a second, which the start of a run need not wait for
+
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps = [r for r in records if "loss" in r]

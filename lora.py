@@ -16,28 +16,16 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError, dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import FrozenInstanceError, dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALL, ALL_LINEAR = "all", "all-linear"
-DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
+from lora_config import ALL, ALL_LINEAR, LoRAConfig, is_number, nearest
 
-SPELLINGS = {  # a setting's name here, and its names elsewhere
-    "rank": ("lora_rank", "r", "lora_r"),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "targets": ("lora_targets", "target_modules", "lora_module_path"),
-    "exclude": ("lora_exclude", "exclude_modules"),
-    "use_rslora": (),
-    "rank_pattern": (),
-    "alpha_pattern": (),
-}
+DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
 
 GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gemma's own code
     "self_attn": "attn",
@@ -49,91 +37,6 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
 
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which layers to adapt, and how. Raises ValueError with every problem in one message.
-
-    `targets` and `exclude` select layers. A list matches whole paths or their dotted ends: `c_proj` is every
-    `...attn.c_proj` and every `...mlp.c_proj`. A string is one regular expression that must match the whole path, with
-    `.` or `/` between its parts: `.*/attn/c_(attn|proj)`. Gemma's q_einsum, kv_einsum and attn_vec_einsum find q_proj,
-    k_proj with v_proj, and o_proj. "all-linear" is every linear layer except the output head: adapting them all matters
-    more than the rank does (QLoRA, arXiv 2305.14314, section 4). "all" is these, the token embedding and the output
-    head, for text whose words the model does not know; layers that share their weight are left out.
-
-    The patterns give some layers another rank or alpha. As in PEFT, their keys are regular expressions for the end of
-    a path, and the first key that matches counts.
-    """
-
-    rank: int = 8
-    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes 2 * rank
-    dropout: float = 0.0  # on what an adapter reads, while training; token ids have none
-    targets: str | Collection[str] = ALL_LINEAR
-    exclude: str | Collection[str] = ()
-    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead, made for high ranks (arXiv 2312.03732)
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
-        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
-        if self.alpha is not None:
-            alphas["alpha"] = self.alpha
-        patterns = [*self.rank_pattern, *self.alpha_pattern]
-        patterns += [selection for selection in (self.targets, self.exclude) if isinstance(selection, str)]
-        # type() and not isinstance(): True is an int.
-        problems = [
-            *(f"{n}={v!r} must be a whole number above 0" for n, v in ranks.items() if type(v) is not int or v < 1),
-            *(f"{n}={v!r} must be a number above 0" for n, v in alphas.items() if not _is_number(v) or not v > 0),
-            *(f"{pattern!r} is no regular expression" for pattern in patterns if not _is_regex(pattern)),
-        ]
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout!r} must be at least 0 and below 1")
-        if not self.targets or not all(isinstance(name, str) for name in (*self.targets, *self.exclude)):
-            problems.append(
-                f"targets={self.targets!r} and exclude={self.exclude!r} must be names, and targets not empty"
-            )
-        if problems:
-            raise ValueError("impossible LoRA: " + "; ".join(problems))
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.rank)
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> "LoRAConfig":
-        """From settings in any of the SPELLINGS. Raises ValueError for an unknown one, and for two that disagree."""
-        names = {spelling: name for name, others in SPELLINGS.items() for spelling in (name, *others)}
-        given, problems = {}, []
-        for key, value in settings.items():
-            if key not in names:
-                problems.append(f"unknown LoRA setting {key!r}, the nearest are {_nearest(str(key), names)}")
-            elif settings[first := given.setdefault(names[key], key)] != value:
-                problems.append(f"{first}={settings[first]!r} and {key}={value!r} give one setting two values")
-        try:
-            config = cls(**{name: settings[key] for name, key in given.items()})
-        except ValueError as error:
-            problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems))
-        return config
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        return bool(re.compile(pattern))
-    except re.error:
-        return False
-
-
-def _nearest(entry: str, paths: Iterable[str]) -> str:
-    """The ends of paths that look most like `entry` and have as many parts."""
-    words = re.findall(r"\w+", entry)
-    ends = dict.fromkeys(".".join(path.split(".")[-len(words) :]) for path in paths)
-    return ", ".join(get_close_matches(".".join(words), ends, n=4, cutoff=0))
 
 
 class Adapter(nn.Module):
@@ -322,7 +225,7 @@ def _plan(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
     settings = {"targets": targets, "exclude": exclude, "rank_pattern": ranks, "alpha_pattern": alphas}
     missed = [(name, entry) for name, found in settings.items() for entry, matched in found.items() if not matched]
     if missed:
-        words = (f"{name} entry {entry!r} (nearest: {_nearest(entry, layers)})" for name, entry in missed)
+        words = (f"{name} entry {entry!r} (nearest: {nearest(entry, layers)})" for name, entry in missed)
         hint = "a list matches the ends of paths, a string is one regular expression for the whole of them"
         raise ValueError("these match no layer that LoRA can adapt: " + ", ".join(words) + "; " + hint)
     if not paths:
@@ -413,7 +316,7 @@ def check_fit(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor, float]
     layers, problems = adaptable(model), []
     for path, (A, B, _) in parts.items():
         if path not in layers:
-            problems.append(f"there is no layer {path} (nearest: {_nearest(path, layers)})")
+            problems.append(f"there is no layer {path} (nearest: {nearest(path, layers)})")
         elif (A.size(1), B.size(0)) != _features(layers[path]) or A.size(0) != B.size(1):
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
             problems.append(f"{path} is (in, out) = {_features(layers[path])}, which {shapes} do not fit")
@@ -479,7 +382,7 @@ def add_weighted_sum(model: nn.Module, adapter: str, weights: Mapping[str, float
     Stacking the As and the scaled Bs makes it exact; adding As to As and Bs to Bs would multiply across adapters.
     """
     _check_room(model, adapter, (), untie=False)
-    if not weights or not all(_is_number(weight) for weight in weights.values()):
+    if not weights or not all(is_number(weight) for weight in weights.values()):
         raise ValueError(f"weights={weights!r} must give a number to each adapter of the sum")
     parts = defaultdict(list)
     for name, weight in weights.items():

@@ -14,6 +14,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from configurator import PRECISIONS
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("directory", type=Path, help="a LoRA directory")
+    parser.add_argument(
+        "destination", type=Path, nargs="?", help="the new directory (default: beside it, ...-merged by the convention)"
+    )
+    parser.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the new weights (default float32)")
+    parser.add_argument(
+        "--data", help="dataset whose validation text to compare on (default: the run's, else this project's README)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,20 +60,7 @@ LARGEST_SHARE = 1e-4
 ELSEWHERE = "name another folder, say with -v2 at the end, or remove it"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("directory", type=Path, help="a LoRA directory")
-    parser.add_argument(
-        "destination", type=Path, nargs="?", help="the new directory (default: beside it, ...-merged by the convention)"
-    )
-    parser.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the new weights (default float32)")
-    parser.add_argument(
-        "--data", help="dataset whose validation text to compare on (default: the run's, else this project's README)"
-    )
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> int:
     try:
         print(
             merge(
@@ -238,4 +247,4 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

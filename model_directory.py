@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import adapters
 import files
 from naming import ModelName
 
 WEIGHTS = "ckpt.pt"
 STATE = "last/state.pt"
 ADAPTERS = "adapters"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTERS}/{adapters.CONFIG}", f"{ADAPTERS}/{adapters.WEIGHTS}"
+ADAPTER_CONFIG = f"{ADAPTERS}/adapter_config.json"  # these two are named by PEFT
+ADAPTER_WEIGHTS = f"{ADAPTERS}/adapter_model.safetensors"
 MODEL_ARGS = "model_args.json"
 CONFIG = "config.json"  # the run's and, where there are weights, Hugging Face's: hugging_face.py
 HF_WEIGHTS = "model.safetensors"

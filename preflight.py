@@ -16,10 +16,10 @@ import families
 import files
 import lora
 from checkpoint import CheckpointManager
-from configurator import PRESETS, RunConfig, merge_resumed
+from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
 from optimizer import start_branches_at_zero
@@ -29,7 +29,6 @@ from tokenizer import Tokenizer
 from weights import build_model, reshaped
 
 ROOT = Path(__file__).resolve().parent
-LONGEST_UNASKED = 1024  # tokens of a training sequence where a model could read more
 
 
 @dataclass
@@ -257,8 +256,7 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
 
 
 def count_parameters(architecture: GPTConfig) -> int:
-    with torch.device("meta"):
-        return GPT(architecture).num_params()
+    return on_meta(architecture).num_params()
 
 
 def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[list[str], list[str]]:

@@ -13,22 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-import lora
-import packed
-from checkpoint import TOKENIZER, CheckpointManager
-from device import DTYPES, pick_device, pick_dtype
-from model import GPT
-from registry.resolve import folder_of
-from tokenizer import Tokenizer
-
-SEPARATOR = "---------------"
-ROWS = 8  # texts generated at a time, for hardly more than the price of one
+from configurator import PRECISIONS
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -47,14 +35,35 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument(
         "--dtype",
-        choices=["auto", *DTYPES, "int8"],
+        choices=["auto", *PRECISIONS, "int8"],
         default="auto",
         help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, with "
         "sums in float32, and elsewhere what training would take",
     )
     parser.add_argument("--base", help="where a LoRA directory's base lies now, if it was moved")
     parser.add_argument("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
+import torch
+from torch import Tensor
+
+import lora
+import packed
+from checkpoint import TOKENIZER, CheckpointManager
+from device import DTYPES, pick_device, pick_dtype
+from model import GPT
+from registry.resolve import folder_of
+from tokenizer import Tokenizer
+
+SEPARATOR = "---------------"
+ROWS = 8  # texts generated at a time, for hardly more than the price of one
+
+
+def main(arguments: argparse.Namespace) -> int:
     try:
         sample(arguments)
     except (ValueError, OSError) as error:
@@ -187,4 +196,4 @@ def read_prompt(prompt: str | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

@@ -17,7 +17,8 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,9 @@ EOT = "<|endoftext|>"
 
 # As GPT-2 was released with (openai/gpt-2, encoder.py). Merges never cross the pieces that it cuts the text into.
 SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same pieces in two thirds of the time: only blanks need to look ahead, which takes the slower of two engines, and
+# the rest stands in a group that goes to the faster one as a whole.
+FASTER_PATTERN = r"(?:'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 # GPT-2 numbers the bytes that print as themselves first. In its files these stand for themselves, and the others for
 # the code points from 256 on, so that a token has a visible spelling without spaces: " the" is "Ġthe".
@@ -74,7 +78,7 @@ class Tokenizer:
         self._tokens = [*(bytes([byte]) for byte in _BYTES), *(left + right for left, right in merges)]
         self._tiktoken = tiktoken.Encoding(
             name,
-            pat_str=SPLIT_PATTERN,
+            pat_str=FASTER_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(self._tokens)},
             special_tokens={EOT: self.eot},
         )
@@ -97,15 +101,21 @@ class Tokenizer:
         """The ids of `text`. `<|endoftext|>` in it is ordinary text, so that no document can end itself early."""
         return self._encode(text).tolist()
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> list[np.ndarray]:
-        """The ids of every text, a uint32 array each, on `threads` threads (default: one per core)."""
-        texts, threads = list(texts), threads or os.cpu_count() or 1
-        # A task per text costs more than encoding a short one; a few tasks per thread keep the cores evenly busy.
-        size = min(64, len(texts) // (4 * threads) + 1)
-        slices = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with ThreadPoolExecutor(threads) as pool:
-            encoded = pool.map(lambda part: [self._encode(text) for text in part], slices)
-            return [ids for part in encoded for ids in part]
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """The ids of all texts, one after another, each followed by `eot`: uint32. Other threads run meanwhile.
+
+        tiktoken gives the others their turn between two calls, so it gets all texts in one, with `<|endoftext|>`
+        between them, where none of them has that as ordinary text.
+        """
+        joined = EOT.join([*texts, ""])
+        if joined.count(EOT) == len(texts):
+            with suppress(ValueError):  # one of them needs what `_encode` does
+                return self._tiktoken.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+        return self._with_ends(map(self._encode, texts))
+
+    def _with_ends(self, encoded: Iterable[np.ndarray]) -> np.ndarray:
+        end = np.array([self.eot], dtype=np.uint32)
+        return np.concatenate([part for ids in encoded for part in (ids, end)] or [end[:0]])
 
     def _encode(self, text: str) -> np.ndarray:
         try:
@@ -242,14 +252,16 @@ class ForeignTokenizer(Tokenizer):
         content = json.dumps([self._content | {"model": model}, self.eot], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> list[np.ndarray]:
-        """As Tokenizer.encode_batch; the library decides about threads."""
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        return self._with_ends(self._encode_all(texts))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         valid = [_LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text) for text in texts]
         encoded = self._library.encode_batch_fast(valid, add_special_tokens=False)
         return [np.concatenate([self._prefix, np.array(e.ids, dtype=np.uint32)]) for e in encoded]
-
-    def _encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of `ids`, special tokens left out. ValueError for an unknown id."""
@@ -378,17 +390,25 @@ def _buildable_merges(tokens: Iterable[bytes]) -> list[Merge]:
     the same candidates at every step, and both take the lowest rank, leftmost first. A token that does not end as two
     parts comes out of no text and is left out; tiktoken, which looks up whole pieces first, would still find it.
     """
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(_BYTES)}
+    single = [bytes([byte]) for byte in range(256)]
+    ranks = {single[byte]: rank for rank, byte in enumerate(_BYTES)}
     unknown = float("inf")
     merges = []
     for token in tokens:
-        parts = [bytes([byte]) for byte in token]
+        parts = [single[byte] for byte in token]
+        candidates = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
         while len(parts) > 2:
-            candidates = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
-            i = candidates.index(min(candidates))
-            if candidates[i] == unknown:
+            lowest = min(candidates)
+            if lowest == unknown:
                 break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            i = candidates.index(lowest)
+            merged = parts[i] + parts[i + 1]
+            parts[i : i + 2] = [merged]
+            del candidates[i]
+            if i:
+                candidates[i - 1] = ranks.get(parts[i - 1] + merged, unknown)
+            if i < len(candidates):
+                candidates[i] = ranks.get(merged + parts[i + 1], unknown)
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
             ranks[token] = len(ranks)
@@ -408,14 +428,14 @@ def _from_json(content: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"it leaves out merges at random (dropout {model['dropout']})")
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     merges = [(_to_bytes(left), _to_bytes(right)) for left, right in pairs]
-    if merges != _buildable_merges(left + right for left, right in merges):
-        raise ValueError("its merges do not follow from its tokens")
     tokenizer = Tokenizer(model.get("name", ""), merges)
+    is_gpt2 = tokenizer.fingerprint == GPT2_FINGERPRINT
+    if not is_gpt2 and merges != _buildable_merges(left + right for left, right in merges):
+        raise ValueError("its merges do not follow from its tokens")
     ids = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     if ids != tokenizer._vocabulary():
         raise ValueError(f"its ids are not the 256 bytes, the {len(merges)} merges and {EOT}, in this order")
     if not tokenizer.name:
-        is_gpt2 = tokenizer.fingerprint == GPT2_FINGERPRINT
         tokenizer.name = "gpt2" if is_gpt2 else f"bpe-{tokenizer.fingerprint[:8]}"
     return tokenizer
 

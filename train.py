@@ -19,10 +19,14 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+import configurator
+
+if __name__ == "__main__":
+    RUN = configurator.parse()  # --help and mistakes do not wait for torch
+
 import torch
 from torch import Tensor, nn
 
-import configurator
 import files
 import lora
 from checkpoint import CheckpointManager
@@ -375,9 +379,8 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     )
 
 
-def train(arguments: list[str]) -> int:
-    """Run train.py with these arguments; the exit code: 0, or 128 + the signal that stopped it."""
-    config, given = configurator.load(arguments)
+def train(config: RunConfig, given: dict[str, str]) -> int:
+    """Run train.py with what `configurator.load` gave; the exit code: 0, or 128 + the signal that stopped it."""
     ranks = Ranks()
     start = prepare_start(config, given, ranks)
     pick_device(start.config.device, ranks.local)  # before anything is written
@@ -403,14 +406,9 @@ def train(arguments: list[str]) -> int:
     return 128 + number if number else 0
 
 
-def main() -> int:
-    arguments = sys.argv[1:]
+def main(config: RunConfig, given: dict[str, str]) -> int:
     try:
-        if {"-h", "--help"} & set(arguments):
-            config, _ = configurator.load([a for a in arguments if a not in ("-h", "--help")])
-            print(configurator.help_text(config))
-            return 0
-        return train(arguments)
+        return train(config, given)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
@@ -420,4 +418,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*RUN))

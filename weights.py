@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 
 
 def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device) -> dict[str, Any]:
@@ -52,8 +52,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     # nanoGPT's first versions stored each layer's causal mask as a buffer.
     state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
     try:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**arguments))
+        model = on_meta(GPTConfig(**arguments))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
     expected = model.state_dict()

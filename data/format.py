@@ -94,12 +94,20 @@ def _check_tokenizer(directory: Path, meta: dict) -> None:
     path, expected = directory / TOKENIZER, meta["tokenizer"]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing{_remedy(directory)}")
-    found = Tokenizer.load(path)
-    if found.fingerprint != expected["fingerprint"]:
+    stat = path.stat()
+    name, fingerprint = _identity(path, stat.st_size, stat.st_mtime_ns)
+    if fingerprint != expected["fingerprint"]:
         raise ValueError(
-            f"{path} is {found.name!r} ({found.fingerprint[:12]}), but the tokens were made with {expected['name']!r} "
+            f"{path} is {name!r} ({fingerprint[:12]}), but the tokens were made with {expected['name']!r} "
             f"({expected['fingerprint'][:12]}), as {META} says{_remedy(directory)}"
         )
+
+
+@lru_cache(maxsize=16)
+def _identity(path: Path, size: int, mtime_ns: int) -> tuple[str, str]:
+    """Name and fingerprint of a tokenizer. The key is as that of `_max_id`."""
+    tokenizer = Tokenizer.load(path)
+    return tokenizer.name, tokenizer.fingerprint
 
 
 def _check_tokens(

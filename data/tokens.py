@@ -12,9 +12,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ from data.format import (
 )
 from tokenizer import Tokenizer
 
-CHUNK_BYTES = 4 << 20  # text encoded at a time: enough to keep every core busy, and the bound on memory
+CHUNK_BYTES = 1 << 20  # text that a thread encodes at a time; a few for every core are the bound on memory
 
 
 # ---- writing
@@ -76,14 +79,12 @@ def _write(
     dtype = token_dtype(tokenizer.vocab_size)
     with _staging(directory) as staged, ExitStack() as stack:
         _check_free_disk(directory, total_hint, dtype)
-        bins = {split: stack.enter_context(_TokenFile(staged[f"{split}.bin"], dtype, tokenizer)) for split in SPLITS}
+        bins = {split: stack.enter_context(_TokenFile(staged[f"{split}.bin"])) for split in SPLITS}
         bar = stack.enter_context(tqdm(total=total_hint, desc=about["name"], unit="B", unit_scale=True, disable=None))
-        for chunk in _chunks(assigned):
-            encoded = tokenizer.encode_batch([text for _, text, _ in chunk])
-            for (split, _, size), ids in zip(chunk, encoded, strict=True):
-                bins[split].add(ids, size)
-            for split in SPLITS:
-                bins[split].flush()
+        for chunk, encoded in _ahead(_chunks(assigned), partial(_encode, tokenizer=tokenizer, dtype=dtype)):
+            for split, ids in encoded.items():
+                sizes = [size for own, _, size in chunk if own == split]
+                bins[split].add(ids, len(sizes), sum(sizes))
             bar.update(sum(size for *_, size in chunk))
         if not bins["val"].documents:
             raise ValueError(
@@ -152,14 +153,42 @@ def _chunks(assigned: Iterator[tuple[str, str, int]]) -> Iterator[list[tuple[str
         yield chunk
 
 
+def _ahead(chunks: Iterator[list], encode: Callable[[list], dict]) -> Iterator[tuple[list, dict]]:
+    """Every chunk and what `encode` makes of it, in order. Threads are at the next ones while one is written."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        begun = deque()
+        for chunk in chunks:
+            begun.append((chunk, pool.submit(encode, chunk)))
+            if len(begun) > 2 * cores:
+                first, encoded = begun.popleft()
+                yield first, encoded.result()
+        for chunk, encoded in begun:
+            yield chunk, encoded.result()
+
+
+def _encode(chunk: list[tuple[str, str, int]], tokenizer: Tokenizer, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """What a chunk adds to the file of each split. Raises ValueError for an id outside the vocabulary."""
+    encoded = {}
+    for split in dict.fromkeys(split for split, *_ in chunk):
+        ids = tokenizer.encode_documents([text for own, text, _ in chunk if own == split])
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name!r} made id {low if low < 0 else high:,}, which is outside its vocabulary "
+                f"of {tokenizer.vocab_size:,}: the tokenizer is damaged"
+            )
+        encoded[split] = ids.astype(dtype)
+    return encoded
+
+
 class _TokenFile:
     """One split on its way to the disk. Counts and hashes what it writes, so that nothing has to be read back."""
 
-    def __init__(self, path: Path, dtype: np.dtype, tokenizer: Tokenizer):
-        self.path, self.dtype, self.tokenizer = path, dtype, tokenizer
+    def __init__(self, path: Path):
+        self.path = path
         self.documents = self.tokens = self.bytes = 0
         self.max_id = -1
-        self.pending = []
 
     def __enter__(self) -> "_TokenFile":
         self.raw = self.path.open("wb")
@@ -169,28 +198,14 @@ class _TokenFile:
     def __exit__(self, *error) -> None:
         self.raw.close()
 
-    def add(self, ids: Iterable[int], text_bytes: int) -> None:
-        """Take one document, which end-of-text will follow."""
-        self.pending += [np.asarray(ids, dtype=np.int64), np.array([self.tokenizer.eot])]
-        self.documents += 1
-        self.bytes += text_bytes
-
-    def flush(self) -> None:
-        """Check and write what was added."""
-        if not self.pending:
-            return
-        ids = np.concatenate(self.pending)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.tokenizer.vocab_size:
-            raise ValueError(
-                f"tokenizer {self.tokenizer.name!r} made id {low if low < 0 else high:,}, which is outside its "
-                f"vocabulary of {self.tokenizer.vocab_size:,}: the tokenizer is damaged"
-            )
-        self.file.write(ids.astype(self.dtype).tobytes())
+    def add(self, ids: np.ndarray, documents: int, text_bytes: int) -> None:
+        """Write the ids of some documents, of which each ends with end-of-text."""
+        self.file.write(ids.tobytes())
         self.raw.flush()
+        self.documents += documents
         self.tokens += len(ids)
-        self.max_id = max(self.max_id, high)
-        self.pending = []
+        self.bytes += text_bytes
+        self.max_id = max(self.max_id, int(ids.max()))
 
     def summary(self) -> dict:
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "max_id": self.max_id}

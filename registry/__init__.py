@@ -20,63 +20,37 @@ Names match whatever their case and keep their spelling. `MiniLM`, a constructor
 recipe, is a sentence encoder. Spelled like this, each is itself everywhere; `get_model` refuses any third spelling.
 """
 
-from registry.catalogue import ModelSpec, get_spec, list_available_models, register_spec, unregister_spec
-from registry.configuration import ModelConfig
-from registry.entries import ConflictError, RegistryError, UnknownModelError
-from registry.loading import coerce_device, resolve_dtype
-from registry.names import (
-    PluginError,
-    describe_models,
-    get_model,
-    get_tokenizer,
-    list_models,
-    register_model,
-    temporary_models,
-    unregister,
-)
-from registry.parts import (
-    ModelDecomposer,
-    ModelFamily,
-    ModelRegistry,
-    PartSpec,
-    PartType,
-    register_decomposer,
-    unregister_decomposer,
-)
-from registry.resolve import Candidate, ModelNotFoundError, Resolution, find_model
-from registry.runners import ModelOutputs, load_model
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Candidate",
-    "ConflictError",
-    "ModelConfig",
-    "ModelDecomposer",
-    "ModelFamily",
-    "ModelNotFoundError",
-    "ModelOutputs",
-    "ModelRegistry",
-    "ModelSpec",
-    "PartSpec",
-    "PartType",
-    "PluginError",
-    "RegistryError",
-    "Resolution",
-    "UnknownModelError",
-    "coerce_device",
-    "describe_models",
-    "find_model",
-    "get_model",
-    "get_spec",
-    "get_tokenizer",
-    "list_available_models",
-    "list_models",
-    "load_model",
-    "register_decomposer",
-    "register_model",
-    "register_spec",
-    "resolve_dtype",
-    "temporary_models",
-    "unregister",
-    "unregister_decomposer",
-    "unregister_spec",
-]
+PLACES = {  # {module: its names that are public here}
+    "catalogue": ("ModelSpec", "get_spec", "list_available_models", "register_spec", "unregister_spec"),
+    "configuration": ("ModelConfig",),
+    "entries": ("ConflictError", "RegistryError", "UnknownModelError"),
+    "loading": ("coerce_device", "resolve_dtype"),
+    "names": (
+        *("PluginError", "describe_models", "get_model", "get_tokenizer", "list_models"),
+        *("register_model", "temporary_models", "unregister"),
+    ),
+    "parts": (
+        *("ModelDecomposer", "ModelFamily", "ModelRegistry", "PartSpec", "PartType"),
+        *("register_decomposer", "unregister_decomposer"),
+    ),
+    "resolve": ("Candidate", "ModelNotFoundError", "Resolution", "find_model"),
+    "runners": ("ModelOutputs", "load_model"),
+}
+MODULES = {name: f"registry.{module}" for module, names in PLACES.items() for name in names}
+__all__ = sorted(MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first asked for (PEP 562): the scripts need one module of this package, and
+    `python -m registry --help` none that imports torch."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

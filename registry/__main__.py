@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from registry import memory, names, parts, resolve
+from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
+from registry.specs import PartType
 
 EXAMPLES = """\
 examples:
@@ -17,9 +19,23 @@ examples:
 
 Every command prints JSON with --json, an object with the key "error" where it fails. It exits with 1 then.
 """
+MEMORY = """\
+What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes on each device. Weights are float32
+while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
+--lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and
+logits grow with batch_size x block_size: where a model does not fit, halve train.py's --batch_size and double its
+--gradient_accumulation_steps; the step stays the same.
+
+examples:
+  python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
+  python -m registry memory gemma3-12b --lora_rank 16 --batch_size 4 --mesh_shape "[[4, 2], ['fsdp', 'tp']]"
+  python -m registry memory small --batch_size 16 --block_size 256 --dtype fp32
+  python -m registry memory models/NAME --generate --batch_size 4
+  python -m registry memory --table
+"""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m registry",
         description="Models by name: find them, take them apart, compare, count their memory. Downloads nothing.",
@@ -27,22 +43,92 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for owner in (names, resolve, parts, memory):
-        owner.add_commands(commands)
-    chosen = parser.parse_args(arguments)
+    listing = commands.add_parser("list", help="every name, and whether its model is here")
+    listing.add_argument("text", nargs="?", default="", metavar="TEXT", help="only names with this in them")
+    where = commands.add_parser("where", help="where a model lies on this machine, and where else it was looked for")
+    where.add_argument("name", metavar="NAME", help="a name of the catalogue or in models/, a path, or a hub id")
+    what = "a folder, an id of a ModelRegistry, any name that `where` knows, or a preset of train.py's"
+    show = commands.add_parser("show", help="what a model is made of, in a screenful")
+    parts = commands.add_parser("parts", help="every part of a model: its path, sizes and parameters")
+    compare = commands.add_parser("compare", help="how two models differ, and which parts of one fit in the other")
+    for command in (show, parts):
+        command.add_argument("name", metavar="NAME", help=what)
+    parts.add_argument("--type", metavar="TYPE", help=f"only {', '.join(kind.value for kind in PartType)}")
+    compare.add_argument("a", metavar="A", help=what)
+    compare.add_argument("b", metavar="B", help="the other one")
+    compare.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the two side by side")
+    add_memory(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(arguments)
+
+
+def add_memory(commands: argparse._SubParsersAction) -> None:
+    memory = commands.add_parser(
+        "memory",
+        help="what training a model, or generating with it, needs, and on which devices that fits",
+        epilog=MEMORY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = f"one of {', '.join(PRESETS)}; or a name of the catalogue or in models/, a path, a hub id"
+    memory.add_argument("name", metavar="NAME", nargs="?", help=names)
+    memory.add_argument(
+        "--lora_rank", type=int, help="train adapters of this rank on every linear layer; else everything"
+    )
+    memory.add_argument("--batch_size", type=int, default=4, help="sequences at once, over all devices (4)")
+    memory.add_argument(
+        "--block_size", type=int, help=f"tokens of a sequence (the model's context, {LONGEST_UNASKED} at most)"
+    )
+    memory.add_argument(
+        "--dtype",
+        choices=PRECISION_SPELLINGS,
+        default="bf16",
+        help="of matrix products; with --generate of the weights",
+    )
+    memory.add_argument(
+        "--mesh_shape", help="[[sizes], [names]]; dp: copies of the model, fsdp: shares of it, tp: shares of each layer"
+    )
+    memory.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=RunConfig.gradient_accumulation_steps,
+        help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
+    )
+    memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")
+    memory.add_argument(
+        "--table", action="store_true", help="the Gemma 3 table of agent-tunix beside what is counted here"
+    )
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
+
+from registry import memory, names, parts, resolve
+
+RUN = {
+    "list": names.run_list,
+    "where": resolve.run_where,
+    "show": parts.run_show,
+    "parts": parts.run_parts,
+    "compare": parts.run_compare,
+    "memory": memory.run_memory,
+}
+
+
+def main(arguments: argparse.Namespace) -> int:
     try:
-        text, data = chosen.run(chosen)
+        text, data = RUN[arguments.command](arguments)
     except (ValueError, OSError) as error:
-        if chosen.json:
+        if arguments.json:
             print(json.dumps({"error": str(error), **getattr(error, "data", {})}, indent=2))
-        print(f"python -m registry {chosen.command}: {error}", file=sys.stderr)
+        print(f"python -m registry {arguments.command}: {error}", file=sys.stderr)
         return 1
     try:
-        print(json.dumps(data, indent=2) if chosen.json else text, flush=True)
+        print(json.dumps(data, indent=2) if arguments.json else text, flush=True)
     except BrokenPipeError:  # `| head` has read enough
         sys.stdout = None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))

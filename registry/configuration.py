@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora import SPELLINGS, LoRAConfig
+from lora_config import SPELLINGS, LoRAConfig
 from registry import loading
 
 GROUPS = ("load_config", "lora")  # of settings: {"lora": {"r": 4}} is {"lora.r": 4}

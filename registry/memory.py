@@ -11,7 +11,6 @@ themselves. docs/memory.md has measured peaks beside the sum. It is that of eage
 default on a GPU, saves of it is not counted.
 """
 
-import argparse
 import ast
 import math
 import os
@@ -24,12 +23,11 @@ from typing import Any
 import torch
 
 import loss
-from configurator import PRESETS, RunConfig
+from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache, on_meta
 from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
-from preflight import LONGEST_UNASKED
 from registry.heap import heap_peak
 from registry.rehearsal import (
     ACTIVATIONS,
@@ -48,7 +46,6 @@ from registry.skeleton import skeleton
 
 GB = 10**9
 CARDS = (11, 24, 48, 80, 141)  # GB
-SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in DTYPES}
 AXES = ("dp", "fsdp", "tp")
 
 PROCESS = 380 * 10**6  # what a process holds that has imported train.py and trained a tiny model; measured
@@ -198,13 +195,13 @@ def estimate(
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
     `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
-    [[sizes], [names]] with the axes of `Mesh`, and `dtype` one of SPELLINGS. Not `cuda`: a process on a CPU.
+    [[sizes], [names]] with the axes of `Mesh`, and `dtype` one of PRECISION_SPELLINGS. Not `cuda`: a process on a CPU.
     Raises ValueError for what cannot be.
     """
-    if dtype not in SPELLINGS:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(SPELLINGS)}")
+    if dtype not in PRECISION_SPELLINGS:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(PRECISION_SPELLINGS)}")
     mesh = Mesh.parse(mesh_shape)
-    plan = Plan(config, lora, block_size, SPELLINGS[dtype], mesh, gradient_accumulation_steps, generate, cuda)
+    plan = Plan(config, lora, block_size, PRECISION_SPELLINGS[dtype], mesh, gradient_accumulation_steps, generate, cuda)
     return itemised(plan, plan.rehearse(share_of_batch(batch_size, mesh)))
 
 
@@ -261,8 +258,7 @@ def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
 
 
 def _gathered(plan: Plan) -> int:
-    with torch.device("meta"):
-        model = GPT(plan.mesh.own(plan.config))
+    model = on_meta(plan.mesh.own(plan.config))
     layers = [*model.blocks, model.embedding]
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     trains = not (plan.lora or plan.generate)
@@ -328,57 +324,6 @@ def machine_memory() -> tuple[int, int]:
 # ---- the command
 
 
-def add_commands(commands: Any) -> None:
-    """`memory NAME`, for the argparse sub-parsers of __main__.py."""
-    epilog = """\
-What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes on each device. Weights are float32
-while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
---lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and
-logits grow with batch_size x block_size: where a model does not fit, halve train.py's --batch_size and double its
---gradient_accumulation_steps; the step stays the same.
-
-examples:
-  python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
-  python -m registry memory gemma3-12b --lora_rank 16 --batch_size 4 --mesh_shape "[[4, 2], ['fsdp', 'tp']]"
-  python -m registry memory small --batch_size 16 --block_size 256 --dtype fp32
-  python -m registry memory models/NAME --generate --batch_size 4
-  python -m registry memory --table
-"""
-    memory = commands.add_parser(
-        "memory",
-        help="what training a model, or generating with it, needs, and on which devices that fits",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = f"one of {', '.join(PRESETS)}; or a name of the catalogue or in models/, a path, a hub id"
-    memory.add_argument("name", metavar="NAME", nargs="?", help=names)
-    memory.add_argument(
-        "--lora_rank", type=int, help="train adapters of this rank on every linear layer; else everything"
-    )
-    memory.add_argument("--batch_size", type=int, default=4, help="sequences at once, over all devices (4)")
-    memory.add_argument(
-        "--block_size", type=int, help=f"tokens of a sequence (the model's context, {LONGEST_UNASKED} at most)"
-    )
-    memory.add_argument(
-        "--dtype", choices=SPELLINGS, default="bf16", help="of matrix products; with --generate of the weights"
-    )
-    memory.add_argument(
-        "--mesh_shape", help="[[sizes], [names]]; dp: copies of the model, fsdp: shares of it, tp: shares of each layer"
-    )
-    memory.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=RunConfig.gradient_accumulation_steps,
-        help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
-    )
-    memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")
-    memory.add_argument(
-        "--table", action="store_true", help="the Gemma 3 table of agent-tunix beside what is counted here"
-    )
-    memory.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    memory.set_defaults(run=_memory)
-
-
 def named_config(name: str) -> GPTConfig:
     """Of a preset or of any model that can be found. Raises ValueError where it is no GPT of ours."""
     if name in PRESETS:
@@ -395,7 +340,7 @@ def _describes(folder: Path) -> str:
     return f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
 
 
-def _memory(arguments: Any) -> tuple[str, Any]:
+def run_memory(arguments: Any) -> tuple[str, Any]:
     if arguments.table:
         return documented_table()
     if arguments.name is None:
@@ -405,7 +350,7 @@ def _memory(arguments: Any) -> tuple[str, Any]:
     length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
     mesh = Mesh.parse(arguments.mesh_shape)
     steps = arguments.gradient_accumulation_steps
-    plan = Plan(config, lora, length, SPELLINGS[arguments.dtype], mesh, steps, arguments.generate)
+    plan = Plan(config, lora, length, PRECISION_SPELLINGS[arguments.dtype], mesh, steps, arguments.generate)
     card = Fitting(plan, arguments.batch_size)
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
     process = Fitting(replace(plan, cuda=False), arguments.batch_size) if mesh.devices == 1 else None

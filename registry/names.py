@@ -301,15 +301,7 @@ def _directories() -> dict[str, Path]:
     return {path.name: path for root in reversed(roots) for path in model_directory.models_in(root)}
 
 
-def add_commands(commands: Any) -> None:
-    """`list`, for the argparse sub-parsers of __main__.py."""
-    listing = commands.add_parser("list", help="every name, and whether its model is here")
-    listing.add_argument("text", nargs="?", default="", metavar="TEXT", help="only names with this in them")
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    listing.set_defaults(run=_list)
-
-
-def _list(arguments: Any) -> tuple[str, Any]:
+def run_list(arguments: Any) -> tuple[str, Any]:
     listed = describe_models(arguments.text)
     rows = [(one.name, one.kind, one.state, one.detail or one.source) for one in listed]
     return resolve.as_table([("name", "kind", "state", "where"), *rows]), [asdict(one) for one in listed]

@@ -26,7 +26,7 @@ from torch import nn
 import files
 import hub
 from configurator import PRESETS
-from model import GPT, GPTConfig
+from model import on_meta
 from model_directory import status
 from registry import comparison, loading, picture
 from registry.catalogue import MINI_LM
@@ -268,29 +268,7 @@ def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
     return spec
 
 
-def on_meta(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
-        return GPT(config)
-
-
 # ---- commands
-
-
-def add_commands(commands: Any) -> None:
-    """`show`, `parts` and `compare`, for the argparse sub-parsers of __main__.py."""
-    what = "a folder, an id of a ModelRegistry, any name that `where` knows, or a preset of train.py's"
-    show = commands.add_parser("show", help="what a model is made of, in a screenful")
-    parts = commands.add_parser("parts", help="every part of a model: its path, sizes and parameters")
-    compare = commands.add_parser("compare", help="how two models differ, and which parts of one fit in the other")
-    for command in (show, parts):
-        command.add_argument("name", metavar="NAME", help=what)
-    parts.add_argument("--type", metavar="TYPE", help=f"only {', '.join(kind.value for kind in PartType)}")
-    compare.add_argument("a", metavar="A", help=what)
-    compare.add_argument("b", metavar="B", help="the other one")
-    compare.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the two side by side")
-    for command, run in ((show, _show), (parts, _parts), (compare, _compare)):
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run)
 
 
 def spec_of(name: str) -> ModelSpec:
@@ -314,12 +292,12 @@ def spec_of(name: str) -> ModelSpec:
     return spec
 
 
-def _show(arguments: Any) -> tuple[str, Any]:
+def run_show(arguments: Any) -> tuple[str, Any]:
     spec = spec_of(arguments.name)
     return show_text(spec), to_json(spec)
 
 
-def _parts(arguments: Any) -> tuple[str, Any]:
+def run_parts(arguments: Any) -> tuple[str, Any]:
     spec = spec_of(arguments.name)
     kind = None if arguments.type is None else PartType.of(arguments.type)
     parts = {name: part for name, part in spec.parts.items() if kind in (None, part.part_type)}
@@ -331,7 +309,7 @@ def _parts(arguments: Any) -> tuple[str, Any]:
     return as_table(rows), {name: as_json[name] for name in parts}
 
 
-def _compare(arguments: Any) -> tuple[str, Any]:
+def run_compare(arguments: Any) -> tuple[str, Any]:
     a, b = spec_of(arguments.a), spec_of(arguments.b)
     result = comparison.compare(a, b)
     lines = [comparison.as_text(result)]

@@ -309,15 +309,7 @@ def trace_data(trace: tuple[Candidate, ...]) -> list[dict[str, Any]]:
     return [asdict(c) | {"path": str(c.path) if c.path else None} for c in trace]
 
 
-def add_commands(commands: Any) -> None:
-    """`where NAME`, for the argparse sub-parsers of __main__.py."""
-    where = commands.add_parser("where", help="where a model lies on this machine, and where else it was looked for")
-    where.add_argument("name", metavar="NAME", help="a name of the catalogue or in models/, a path, or a hub id")
-    where.add_argument("--json", action="store_true", help="print JSON")
-    where.set_defaults(run=_where)
-
-
-def _where(arguments: Any) -> tuple[str, Any]:
+def run_where(arguments: Any) -> tuple[str, Any]:
     found = find_model(arguments.name)
     data = {"name": found.name, "path": str(found.path), "revision": found.revision, "trace": trace_data(found.trace)}
     return f"{found.path}\n\n{as_table(_rows(found.trace))}", data

@@ -19,7 +19,7 @@ from torch import nn
 import families
 import files
 import hub
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
 from registry import loading
 from weights import build_model, read_checkpoint
@@ -45,8 +45,7 @@ def skeleton(folder: str | Path) -> nn.Module:
     elif stored:
         model = _checked(folder, hf, stored)
     else:
-        with torch.device("meta"):
-            model = GPT(families.read_config(hf, folder / CONFIG))
+        model = on_meta(families.read_config(hf, folder / CONFIG))
     return model.to(_dtype(hf, stored)).eval()
 
 
@@ -120,8 +119,7 @@ def _of_ours(folder: Path) -> GPT:
         with open(folder / WEIGHTS, "rb") as file:
             return build_model(read_checkpoint(file, folder / WEIGHTS, "meta"), folder / WEIGHTS).eval()
     try:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**hub.read_json(path)))
+        model = on_meta(GPTConfig(**hub.read_json(path)))
     except TypeError as error:
         raise ValueError(f"{path} describes a model this version does not know: {error}") from None
     hf = hub.read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}

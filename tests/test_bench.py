@@ -1,17 +1,21 @@
-"""bench/train_speed.py runs, compares like with like, and notices when it does not. No test looks at a time."""
+"""The benches run, compare like with like, and notice when they do not. No test looks at a time."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from conftest import documents
 
 import configurator
-from bench import train_speed
+from bench import data_speed, train_speed
 from lora import LoRAConfig
 from model import GPT, GPTConfig
+from tokenizer import Tokenizer, train_bpe
 
 LORA = LoRAConfig(rank=3, targets=train_speed.LORA_TARGETS)
 TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=32", "vocab_size=500", "batch_size=2")
@@ -180,3 +184,67 @@ def test_without_a_package_it_says_what_to_install_or_leave_out(missing, rest, m
 def test_what_needs_no_missing_package_can_be_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     train_speed.check_packages(["transformers-fp32", "ours-lora"])
+
+
+# ---- data_speed.py
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A tenth of a megabyte, and a tokenizer of 320 entries."""
+    tokenizer = train_bpe(documents(), "bpe-tiny", vocab_size=320)
+    return data_speed.write_corpus(tmp_path, documents(), 100_000, tokenizer)
+
+
+@pytest.mark.slow
+def test_every_contender_of_the_data_path_writes_the_same_tokens(corpus):
+    turns = data_speed.take_turns(list(data_speed.CONTENDERS), corpus, rounds=1)
+    data_speed.check_same(turns)
+    assert all(turn["seconds"] > 0 for own in turns.values() for turn in own)
+    lines = data_speed.table(data_speed.summarize(turns, corpus.bytes)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| datasets", "| nanogpt", "| ours"]
+    left = {path.name for path in corpus.folder.iterdir()}  # each turn has swept what it cached
+    assert left == {"all.jsonl", "train.jsonl", "val.jsonl", "tokenizer.json"}
+
+
+def test_our_turn_writes_what_the_corpus_holds(corpus):
+    turn = data_speed.turn("ours", corpus)
+    tokenizer, ids = Tokenizer.load(corpus.tokenizer), []
+    texts = [json.loads(line)["text"] for line in (corpus.folder / "val.jsonl").read_text().splitlines()]
+    for text in texts:
+        ids += [*tokenizer.encode(text), tokenizer.eot]
+    assert turn["sha256"]["val"] == hashlib.sha256(np.array(ids, dtype=np.uint16).tobytes()).hexdigest()
+    data_speed.check_same({"ours": [turn, turn]})
+    with pytest.raises(ValueError, match=r"do not write the same tokens, .*: ours: .*; theirs: "):
+        data_speed.check_same({"ours": [turn], "theirs": [{**turn, "sha256": {"train": "a", "val": "b"}}]})
+
+
+def test_the_text_is_varied_and_as_long_as_was_asked_for():
+    texts = list(data_speed.varied(["the loss of a model is low", "", "x"], 10_000))
+    assert 10_000 <= sum(map(len, texts)) < 10_100
+    assert len({text for text in texts if "model" in text}) > 200 and len(texts) > 800
+    assert texts == list(data_speed.varied(["the loss of a model is low", "", "x"], 10_000))
+    with pytest.raises(ValueError, match="no text to repeat"):
+        list(data_speed.varied(["", " "], 10))
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--contenders=ours,nanochat"], "there is no contender 'nanochat'; there are datasets, nanogpt, ours"),
+        (["--megabytes=0"], "--rounds 5 and --megabytes 0: both must be above 0"),
+        (["--files", "no/such/folder", "--contenders=ours"], "no/such/folder"),
+    ],
+)
+def test_an_option_of_the_data_path_that_cannot_be_is_one_sentence(options, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data_speed.py", *options])
+    assert data_speed.main() == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_without_datasets_the_data_path_can_be_measured_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(sys, "argv", ["data_speed.py"])
+    assert data_speed.main() == 1
+    assert capsys.readouterr().err.endswith("or measure without: --contenders ours\n")
+    data_speed.check_packages(["ours"])

@@ -51,8 +51,7 @@ def run(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         given = (*arguments, "--json", "numbers.json")
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["compare.py", *map(str, given)])
-        code = compare.main()
+        code = compare.main(compare.parse(list(map(str, given))))
         out, err = capsys.readouterr()
         return code, out, err, json.loads(Path("numbers.json").read_text()) if code == 0 else None
 

@@ -1,12 +1,17 @@
 """configurator.py: what it takes, what it refuses, and how it says so."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+import architecture
 import configurator
+import model
+import registry
 from configurator import FIELDS, MODEL_FILES, PRESETS, RunConfig, load, merge_resumed
 from lora import LoRAConfig
 from model import GPTConfig
@@ -224,3 +229,54 @@ def test_a_regular_expression_is_one_and_names_are_names():
     assert targets("c_attn") == ["c_attn"] and targets("h.0.attn.c_attn,c_fc") == ["h.0.attn.c_attn", "c_fc"]
     assert targets(r".*q_proj|.*v_proj") == r".*q_proj|.*v_proj" and targets("all-linear") == "all-linear"
     assert targets(r".*h\.[0-4]{1,2}\..*") == r".*h\.[0-4]{1,2}\..*"
+
+
+# ---- what a command line waits for
+
+SLOW = {"torch", "matplotlib", "numpy", "transformers"}
+
+
+def imported(*words, cwd=ROOT):
+    """(exit code, modules of SLOW that were imported, output) of a command of this project."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, cwd=cwd)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in modules or "configurator" in modules  # the list is one
+    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    return done.returncode, modules & SLOW, done.stdout + "\n".join(told)
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py", "sample.py", "compare.py", "merge_lora.py", "export.py", "checkpoint.py", "-m registry"]
+)
+def test_help_and_mistakes_do_not_wait_for_torch(command):
+    code, slow, output = imported(*command.split(), "--help")
+    assert code == 0 and "--" in output and not slow
+    code, slow, output = imported(*command.split(), "--no_such_option=3")
+    assert code != 0 and ("no_such_option" in output or "required" in output) and not slow
+
+
+def test_nor_does_a_configuration_that_cannot_be(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {"n_head": 7, "lora_rank": 0, "lora": True, "init_from": "x"}')
+    code, slow, output = imported("train.py", file, "preset=modern")
+    assert code == 1 and "n_embd=320 must be a multiple of n_head=7" in output and "rank=0" in output and not slow
+
+
+def test_nor_does_the_list_of_what_is_in_a_folder(tmp_path):
+    code, slow, output = imported("checkpoint.py", "list", str(tmp_path))
+    assert code == 0 and "best val loss" in output and not slow
+
+
+def test_a_run_imports_matplotlib_for_its_first_picture():
+    code = "import train, compare, sys; assert 'torch' in sys.modules; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_activation_that_is_allowed_can_be_computed():
+    assert tuple(model.ACTIVATIONS) == architecture.ACTIVATIONS
+
+
+def test_every_public_name_of_the_registry_is_there_when_asked_for():
+    assert all(getattr(registry, name).__name__ == name for name in registry.__all__)
+    assert set(registry.__all__) <= set(dir(registry))
+    with pytest.raises(AttributeError, match="no attribute 'get_modle'"):
+        _ = registry.get_modle

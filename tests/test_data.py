@@ -91,8 +91,8 @@ class FixedIds:
         self.name, self.vocab_size, self.eot = "numbers", vocab_size, 0
         self.fingerprint, self.save = real.fingerprint, real.save
 
-    def encode_batch(self, texts):
-        return [[int(word) for word in text.split()] for text in texts]
+    def encode_documents(self, texts):
+        return np.array([int(word) for text in texts for word in (*text.split(), self.eot)])
 
 
 # ---- writing and reading
@@ -103,6 +103,27 @@ def test_every_document_comes_back_followed_by_end_of_text(written, bpe):
     train, val = documents_in(dataset.train, bpe), documents_in(dataset.val, bpe)
     assert sorted(train + val) == sorted(texts())
     assert train == [text for split, text, _ in assign_splits(texts(), 0.2) if split == "train"]  # in their order
+
+
+def test_many_chunks_on_many_cores_are_written_in_the_order_of_the_documents(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 500)
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    write_dataset(tmp_path, texts() * 9, bpe, **SOURCE)
+    dataset, assigned = load_dataset(tmp_path), list(assign_splits(texts() * 9, 0.05))
+    for split in ("train", "val"):
+        assert documents_in(getattr(dataset, split), bpe) == [text for own, text, _ in assigned if own == split]
+
+
+def test_an_error_of_the_source_ends_the_threads_and_leaves_nothing(tmp_path, bpe, monkeypatch):
+    def failing():
+        yield from texts() * 9
+        raise ValueError("the last file is damaged")
+
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 500)
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match="the last file is damaged"):
+        write_dataset(tmp_path, failing(), bpe, **SOURCE)
+    assert set(threading.enumerate()) == before and not list(tmp_path.iterdir())
 
 
 def test_meta_tells_what_is_in_the_files(written, bpe):
@@ -624,7 +645,8 @@ def test_text_that_is_not_what_was_written_is_refused_and_nothing_is_left(copied
 
 
 def test_the_memory_for_other_tokens_does_not_grow_with_the_dataset(tmp_path, bpe, other_bpe, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # each core has a few chunks
     for module in (tokens, data_format):
         monkeypatch.setattr(module, "SCAN_IDS", 1 << 14)
     peaks = {}
@@ -1125,7 +1147,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from test_data import *
 bpe = Tokenizer.load({tokenizer!r})
-bpe.encode_batch = lambda texts: [np.arange(len(text) // 4) % 300 for text in texts]  # as large, and in no time
+bpe.encode_documents = lambda texts: np.arange(sum(map(len, texts)) // 4) % 300  # as many ids, and in no time
 write_dataset({directory!r}, from_files([{path!r}]).documents, bpe, **SOURCE)
 status = Path("/proc/self/status").read_text()  # ru_maxrss would count the process that started this one, too
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) // 1024)

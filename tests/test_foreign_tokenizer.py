@@ -97,7 +97,7 @@ def test_the_ids_are_transformers_and_the_bytes_come_back(paths, kind):
         ids = ours.encode(text)
         assert ids == theirs(text).input_ids and max(ids) < ours.vocab_size
         assert ours.decode(ids) == text == theirs.decode(ids, skip_special_tokens=True)
-    assert [part.tolist() for part in ours.encode_batch(TEXTS)] == [ours.encode(text) for text in TEXTS]
+    assert ours.encode_documents(TEXTS).tolist() == [i for text in TEXTS for i in (*ours.encode(text), ours.eot)]
 
 
 @KINDS

@@ -15,7 +15,7 @@ from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
 from registry import heap
-from registry.__main__ import main
+from registry.__main__ import main, parse
 from registry.memory import (
     CARDS,
     GB,
@@ -260,7 +260,7 @@ def folder(tmp_path):
 
 def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
     command = ["memory", folder, "--lora_rank", "4", "--batch_size", "2", "--block_size", "64"]
-    assert main([*command, "--json"]) == 0
+    assert main(parse([*command, "--json"])) == 0
     data = json.loads(capsys.readouterr().out)
     own = estimate(LLAMA, lora=LoRAConfig(4), batch_size=2, block_size=64)
     assert {name: item["bytes"] for name, item in data["card"]["items"].items()} == {i.name: i.size for i in own.items}
@@ -269,7 +269,7 @@ def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
     batches = [v["largest_batch"] for v in data["verdicts"][:-1]]
     assert batches == sorted(batches) and all(v["fits"] == (v["largest_batch"] >= 2) for v in data["verdicts"])
 
-    assert main(command) == 0
+    assert main(parse(command)) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{folder}: LoRA rank 4, 2 x 64 tokens, bfloat16\n") and "11 GB card" in text
     for item in own.items:
@@ -277,7 +277,7 @@ def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
 
 
 def test_a_mesh_has_numbers_for_each_of_its_cards(folder, capsys):
-    assert main(["memory", folder, "--batch_size", "1", "--mesh_shape", "[[1, 2], ['fsdp', 'tp']]"]) == 0
+    assert main(parse(["memory", folder, "--batch_size", "1", "--mesh_shape", "[[1, 2], ['fsdp', 'tp']]"])) == 0
     text = capsys.readouterr().out
     assert "2 devices" in text and "each card" in text and "this machine" not in text
 
@@ -290,7 +290,7 @@ def test_the_command_refuses_in_one_sentence(capsys):
         (["memory", "small", "--block_size", "512"], "block_size=512"),
         (["memory", "small", "--block_size", "0"], "block_size=0"),
     ):
-        assert main(arguments) == 1
+        assert main(parse(arguments)) == 1
         assert words in capsys.readouterr().err
 
 
@@ -309,7 +309,7 @@ def test_this_machine_has_memory():
 
 @pytest.mark.slow
 def test_the_documents_table_is_reproduced_beside_what_is_counted(capsys):
-    assert main(["memory", "--table", "--json"]) == 0
+    assert main(parse(["memory", "--table", "--json"])) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(r["name"], r["lora_rank"], r["batch_size"], r["documented"]) for r in rows] == [
         ("gemma3-270m", 32, 1, 11 * GB),

@@ -1,6 +1,9 @@
 """model.py against Transformers' GPT-2, a float64 computation of its own, and itself without a cache."""
 
-from dataclasses import asdict
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, T
 
 from configurator import PRESETS
 from generation import sample
-from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass
+from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass, on_meta
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 24}
 
 
@@ -270,6 +274,19 @@ def test_a_shorter_block_size_keeps_the_first_positions():
     assert asdict(model.config)["block_size"] == 8
     with pytest.raises(ValueError, match="between 1 and the model's 8"):
         model.crop_block_size(16)
+
+
+@pytest.mark.parametrize("preset", ["small", "modern"])
+def test_a_model_on_meta_is_the_model_without_its_numbers(preset):
+    config = replace(PRESETS[preset], n_layer=2, vocab_size=50)
+    shapes, model = on_meta(config), GPT(config)
+    assert {name: p.shape for name, p in shapes.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(p.is_meta for p in shapes.parameters())
+
+
+def test_no_compiler_is_imported_for_shapes():
+    code = "import sys, model; model.on_meta(model.GPTConfig(8, 9, 1, 1, 8)); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_temperature_however_small_is_greedy():

@@ -1,6 +1,5 @@
 """registry/parts.py and what it stands on, against tiny random models of Transformers' own, one per family, on disk."""
 
-import argparse
 import copy
 import json
 import os
@@ -21,6 +20,7 @@ from torch import nn
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
 from registry import comparison, loading, parts, picture
+from registry.__main__ import RUN, parse
 from registry.parts import (
     ModelDecomposer,
     ModelFamily,
@@ -883,10 +883,8 @@ def test_folders_swap_their_parts_once_loaded_and_shapes_alone_do_not(registry, 
 
 
 def command(*arguments: str) -> tuple[str, dict]:
-    parser = argparse.ArgumentParser()
-    parts.add_commands(parser.add_subparsers())
-    chosen = parser.parse_args(list(map(str, arguments)))
-    text, data = chosen.run(chosen)
+    chosen = parse(list(map(str, arguments)))
+    text, data = RUN[chosen.command](chosen)
     assert isinstance(chosen.json, bool)
     return text, json.loads(json.dumps(data, allow_nan=False))
 
@@ -981,13 +979,12 @@ class Blocked:
         if name.split(".")[0] in ("transformers", "peft", "bitsandbytes", "matplotlib", "huggingface_hub"):
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-from registry.parts import ModelRegistry, add_commands
-from registry.parts import _compare
+from registry.parts import ModelRegistry, run_compare
 import argparse
 registry = ModelRegistry()
 print(registry.register("m", sys.argv[1]).family.value, registry.get_module("m", "ffn_0").down_proj.weight.shape)
 try:
-    _compare(argparse.Namespace(a=sys.argv[1], b=sys.argv[1], plot="x.png"))
+    run_compare(argparse.Namespace(a=sys.argv[1], b=sys.argv[1], plot="x.png"))
 except ValueError as error:
     print(error)
 """

@@ -20,7 +20,7 @@ from checkpoint import CheckpointManager
 from lora import LoRAConfig, adapters_of, apply_lora
 from model import GPT, GPTConfig
 from registry import ModelSpec, catalogue, find_model, get_model, get_tokenizer, names, resolve
-from registry.__main__ import main
+from registry.__main__ import main, parse
 from tokenizer import train_bpe
 
 SHA = "e7da7f221d5bf496a48136c0cd264e630fe9fcc8"
@@ -811,33 +811,33 @@ def test_a_plugin_is_a_model_and_is_imported_only_when_it_is_asked_for(install, 
 def test_list_says_what_is_here_and_what_is_not(gpt2, machine, monkeypatch, capsys):
     monkeypatch.setenv("NANOFORGE_GPT2_PATH", str(gpt2))
     monkeypatch.setenv("NANOFORGE_TINYLLAMA_PATH", "/no/where")
-    assert main(["list"]) == 0
+    assert main(parse(["list"])) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "kind", "state", "where"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert rows["gpt2-offline"] == ["decoder_only", "ready", str(gpt2)]
     assert rows["xlmr"] == ["encoder_only", "missing", "xlm-roberta-base"]
     assert rows["tinyllama-offline"][:3] == ["decoder_only", "broken", "$NANOFORGE_TINYLLAMA_PATH:"]
-    assert main(["list", "GEMMA", "--json"]) == 0
+    assert main(parse(["list", "GEMMA", "--json"])) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in listed] == [f"gemma3-{size}" for size in ("12b", "1b", "270m", "27b", "4b")]
     assert set(listed[0]) == {"name", "kind", "state", "source", "detail"}
 
 
 def test_where_prints_the_trace_and_fails_where_there_is_nothing(gpt2, machine, monkeypatch, capsys):
-    assert main(["where", "gpt2-offline"]) == 1
+    assert main(parse(["where", "gpt2-offline"])) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and "$CODEX_ML_OFFLINE_MODELS_DIR/gpt2" in captured.err
-    assert main(["where", "gpt2-offline", "--json"]) == 1
+    assert main(parse(["where", "gpt2-offline", "--json"])) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["path"] is None and answer["error"].startswith("gpt2-offline was not found")
     assert [step["place"] for step in answer["trace"]][-1] == "the hub (gpt2)"
     folder = put(gpt2, machine / "models" / "gpt2")
-    assert main(["where", "gpt2-offline"]) == 0
+    assert main(parse(["where", "gpt2-offline"])) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(folder)
     assert next(line for line in lines if line.endswith("used")).startswith("models/gpt2")
-    assert main(["where", "gpt2-offline", "--json"]) == 0
+    assert main(parse(["where", "gpt2-offline", "--json"])) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["path"] == str(folder)
     assert [step["reason"] for step in answer["trace"]].count("") == 1

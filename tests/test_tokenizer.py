@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from hypothesis import given, settings
 
@@ -87,6 +89,18 @@ class TestEncoding:
             text = "".join(contexts[start : start + 4096])
             assert ours.encode(text) == theirs.encode(text).ids, f"from character {start:#x} on"
 
+    def test_the_faster_pattern_cuts_every_short_text_as_the_released_one_does(self):
+        alphabet = " \n's1!é"
+        texts = ["".join(text) for length in (1, 2, 3, 4, 5) for text in itertools.product(alphabet, repeat=length)]
+        pieces = {text.encode() for text in texts if len(text) < 4} | {bytes([byte]) for byte in range(256)}
+        ranks = {piece: rank for rank, piece in enumerate(sorted(pieces, key=len))}  # every piece has an id of its own
+        released, faster = (
+            tiktoken.Encoding(pattern, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            for pattern in (tokenizer.SPLIT_PATTERN, tokenizer.FASTER_PATTERN)
+        )
+        for text in texts:
+            assert faster.encode_ordinary(text) == released.encode_ordinary(text), repr(text)
+
     @SNAPSHOT
     @given(
         tokens=st.lists(st.text("abc", min_size=2, max_size=6), unique=True, max_size=40),
@@ -118,15 +132,15 @@ class TestEncoding:
     def test_end_of_text_inside_a_document_is_ordinary_text(self, ours):
         for text in (EOT, f"a{EOT}{EOT}\n{EOT} b"):
             assert ours.eot not in ours.encode(text)
-            assert ours.eot not in ours.encode_batch([text])[0]
+            assert ours.encode_documents(["b", text, "a"]).tolist().count(ours.eot) == 3
             assert ours.decode(ours.encode(text)) == text
 
-    def test_a_batch_gives_each_text_its_own_ids_in_order(self, ours, documents):
-        texts = [*documents, "", EOT, "a\ud800b"]
-        for batch in (ours.encode_batch(texts), ours.encode_batch(iter(texts), threads=3)):
-            assert all(isinstance(ids, np.ndarray) and ids.dtype == np.uint32 for ids in batch)
-            assert [ids.tolist() for ids in batch] == [ours.encode(text) for text in texts]
-        assert ours.encode_batch([]) == []
+    @pytest.mark.parametrize("odd", [[], ["", ""], [EOT], ["a\ud800b"], ["<|endoftext|", "|>"], [" ", "  \n"]])
+    def test_documents_are_encoded_as_each_alone_with_end_of_text_behind_it(self, ours, documents, odd):
+        for texts in (odd, [*documents, *odd, "end  "]):
+            ids = ours.encode_documents(texts)
+            assert isinstance(ids, np.ndarray) and ids.dtype == np.uint32
+            assert ids.tolist() == [i for text in texts for i in (*ours.encode(text), ours.eot)]
 
     def test_half_a_surrogate_pair_becomes_the_replacement_character(self, ours):
         assert ours.decode(ours.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -287,6 +288,32 @@ def test_an_epoch_visits_every_block_once_and_the_next_in_another_order():
     again = BlockSampler(tokens, 10, seed=3)
     assert [again.start(250), again.start(7)] == [epochs[2][50], epochs[0][7]]
     assert [BlockSampler(tokens, 10, seed=4).start(i) for i in range(100)] != epochs[0]
+
+
+class Advice:
+    """In place of a mapped file: which bytes the kernel is asked to read."""
+
+    def __init__(self):
+        self.bytes = set()
+
+    def madvise(self, option, start, length):
+        assert option == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
+        self.bytes |= set(range(start, start + length))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="this system takes no advice")
+def test_the_next_batch_is_read_from_the_disk_ahead_within_its_epoch(tmp_path):
+    np.arange(52_000, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    tokens = np.memmap(tmp_path / "t.bin", np.uint16, "r")
+    plain, sampler = BlockSampler(np.array(tokens), 50, seed=3), BlockSampler(tokens, 50, seed=3)
+    for first in range(0, 2100, 4):  # two epochs and a bit, of 1039 blocks
+        assert all(torch.equal(a, b) for a, b in zip(sampler.batch(first, 4), plain.batch(first, 4), strict=True))
+    tokens._mmap = advice = Advice()
+    sampler.batch(0, 4)
+    wanted = {byte for i in range(4, 8) for byte in range(2 * sampler.start(i), 2 * (sampler.start(i) + 51))}
+    assert wanted <= advice.bytes and len(advice.bytes) < 4 * (102 + mmap.PAGESIZE)
+    sampler.batch(1036, 3)
+    assert sampler.epoch == 0 and max(advice.bytes) < 2 * len(tokens)
 
 
 def test_evaluation_batches_are_fixed_spread_and_do_not_overlap():
