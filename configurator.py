@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
+from mesh import Mesh
 from model import GPTConfig
 
 
@@ -132,6 +133,14 @@ class RunConfig:
     device: str = setting("auto", "auto (cuda, mps, cpu: the first there is), or cpu, cuda, cuda:1, mps, ...")
     dtype: str = setting(
         "auto", "of matrix products; auto measures on a CPU", ("auto", "float32", "bfloat16", "float16"), "warn"
+    )
+    mesh_shape: str = setting(
+        "",
+        "how torchrun's processes share the work, [[2, 2], ['fsdp', 'tp']] say: dp replicas, fsdp shards of weights and "
+        "batch, tp shards of heads, MLP and vocabulary; -1: what is left; empty: replicas",
+    )
+    activation_checkpointing: bool = setting(
+        False, "keep only what goes into each block, and compute the rest again in the backward pass: less memory"
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA, where it works", ("auto", "true", "false"), "warn")
 
@@ -355,6 +364,8 @@ def _typed(key: str, value: Any) -> Any:
         value = ",".join(map(str, listed)) if isinstance(listed, list | tuple | set) else value
     if kind is str:
         value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
+        if key == "mesh_shape":
+            Mesh.parse(value, processes=1)
         if choices and value not in choices:
             close = difflib.get_close_matches(value, choices, n=1)
             raise ValueError(

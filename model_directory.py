@@ -20,6 +20,7 @@ from naming import ModelName
 
 WEIGHTS = "ckpt.pt"
 STATE = "last/state.pt"
+SHARDS, SHARD = "last/shards.json", "last/shard-{:05d}.safetensors"  # of a run of several processes
 ADAPTERS = "adapters"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = f"{ADAPTERS}/{adapters.CONFIG}", f"{ADAPTERS}/{adapters.WEIGHTS}"
 MODEL_ARGS = "model_args.json"

@@ -12,7 +12,6 @@ default on a GPU, saves of it is not counted.
 """
 
 import argparse
-import ast
 import math
 import os
 import re
@@ -27,6 +26,7 @@ import loss
 from configurator import PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
+from mesh import Mesh, tp_misfits
 from model import GPT, GPTConfig, KVCache
 from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
 from preflight import LONGEST_UNASKED
@@ -49,7 +49,8 @@ from registry.skeleton import skeleton
 GB = 10**9
 CARDS = (11, 24, 48, 80, 141)  # GB
 SPELLINGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in DTYPES}
-AXES = ("dp", "fsdp", "tp")
+
+ALONE = Mesh()
 
 PROCESS = 380 * 10**6  # what a process holds that has imported train.py and trained a tiny model; measured
 CONTEXT = 600 * 10**6  # what CUDA and its libraries take of a card; assumed, for want of a card to measure it on
@@ -80,73 +81,23 @@ class Estimate:
         return next(item.size for item in self.items if item.name == name)
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """Devices in a grid. `batch_size` is that of them all.
+def share_of_model(config: GPTConfig, mesh: Mesh) -> GPTConfig:
+    """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it.
 
-    dp: each holds the whole model, and its share of the batch. torchrun's processes are these; DistributedDataParallel
-        keeps every gradient twice, in .grad and in a bucket.
-    fsdp: each has its share of the batch, and of every weight, gradient and moment. Of the weights in use, two layers'
-        are gathered at a time, one that computes and one that is fetched, in the dtype of the products.
-    tp: each computes a share of the heads, of the MLP's width and of the vocabulary, with that share of the weights;
-        norms and what flows between blocks are the same on all. A key and value head that is too few is on several.
+    Of the weights in use, two layers' are gathered at a time over fsdp, one that computes and one that is fetched, in
+    the dtype of the products. A key and value head that is too few is on several devices.
     """
-
-    dp: int = 1
-    fsdp: int = 1
-    tp: int = 1
-
-    @classmethod
-    def parse(cls, shape: Sequence | str | None) -> "Mesh":
-        """From [[sizes], [names]]. Raises ValueError for anything else, and for an axis that is none of AXES."""
-        if shape is None:
-            return cls()
-        try:
-            sizes, names = ast.literal_eval(shape) if isinstance(shape, str) else shape
-            pairs = list(zip(sizes, names, strict=True))
-        except (ValueError, TypeError, SyntaxError):
-            raise ValueError(f"mesh_shape={shape} must be [[sizes], [names]], as [[2, 2], ['fsdp', 'tp']]") from None
-        problems = [f"axis {name!r} is none of {', '.join(AXES)}" for _, name in pairs if name not in AXES]
-        problems += [
-            f"{name}={size!r} must be a whole number above 0"
-            for size, name in pairs
-            if type(size) is not int or size < 1
-        ]
-        if len(set(map(str, names))) < len(pairs):
-            problems.append("every axis can be there once")
-        if problems:
-            raise ValueError(f"mesh_shape={shape}: {'; '.join(problems)}")
-        return cls(**{name: size for size, name in pairs})
-
-    @property
-    def devices(self) -> int:
-        return self.dp * self.fsdp * self.tp
-
-    @property
-    def readers(self) -> int:
-        """Among how many a batch is divided."""
-        return self.dp * self.fsdp
-
-    def own(self, config: GPTConfig) -> GPTConfig:
-        """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it."""
-        if self.tp == 1:
-            return config
-        if config.block == "gpt2":
-            raise ValueError(
-                f"tp={self.tp} is for llama blocks; GPT-2's fused projection of queries, keys and values has one size"
-            )
-        kv = config.kv_heads // self.tp if config.kv_heads % self.tp == 0 else 1
-        problems = [
-            f"tp={self.tp} does not divide {name}={size}"
-            for name, size in (("n_head", config.n_head), ("n_inner", config.inner))
-            if size % self.tp
-        ]
-        if kv == 1 and self.tp % config.kv_heads:
-            problems.append(f"tp={self.tp} and n_kv_head={config.kv_heads}: one must divide the other")
-        if problems:
-            raise ValueError("; ".join(problems))
-        shares = {"n_head": config.n_head // self.tp, "n_kv_head": kv, "n_inner": config.inner // self.tp}
-        return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / self.tp), **shares)
+    if mesh.tp == 1:
+        return config
+    if config.block == "gpt2":
+        raise ValueError(
+            f"tp={mesh.tp} is counted for llama blocks; a share of GPT-2's fused queries, keys and values is no model"
+        )
+    if misfits := tp_misfits(mesh.tp, config):
+        raise ValueError(f"tp={mesh.tp} {' and '.join(misfits)}")
+    kv = config.kv_heads // mesh.tp if config.kv_heads % mesh.tp == 0 else 1
+    shares = {"n_head": config.n_head // mesh.tp, "n_kv_head": kv, "n_inner": config.inner // mesh.tp}
+    return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / mesh.tp), **shares)
 
 
 @dataclass(frozen=True)
@@ -157,7 +108,7 @@ class Plan:
     lora: LoRAConfig | None = None
     block_size: int = LONGEST_UNASKED  # tokens of a sequence
     dtype: str = "bfloat16"  # of matrix products while training, of the weights while generating
-    mesh: Mesh = Mesh()
+    mesh: Mesh = ALONE
     gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps
     generate: bool = False
     cuda: bool = True  # a card; else a process on a CPU, with its heap
@@ -174,7 +125,7 @@ class Plan:
 
     def rehearse(self, sequences: int) -> Rehearsal:
         """With so many sequences on this device."""
-        config = self.mesh.own(self.config)
+        config = share_of_model(self.config, self.mesh)
         if config.block == "gpt2":  # its learned positions are cut to the sequences, as train.py does
             config = replace(config, block_size=self.block_size)
         arguments = (config, self.lora, sequences, self.block_size, self.dtype)
@@ -198,7 +149,7 @@ def estimate(
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
     `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
-    [[sizes], [names]] with the axes of `Mesh`, and `dtype` one of SPELLINGS. Not `cuda`: a process on a CPU.
+    [[sizes], [names]] with the axes of mesh.py, and `dtype` one of SPELLINGS. Not `cuda`: a process on a CPU.
     Raises ValueError for what cannot be.
     """
     if dtype not in SPELLINGS:
@@ -229,7 +180,7 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
         GRADIENTS: f"4 bytes x {trained:,}{divided}, and those that are about to be added",
         OPTIMIZER: f"AdamW's two moments: 8 bytes x {trained:,}{divided}",
         ACTIVATIONS: f"what {plan.config.n_layer} layers keep for the backward pass, and the moment's own buffers",
-        LOGITS: f"{mesh.own(plan.config).vocab_size:,} numbers a token, and what the loss makes of them",
+        LOGITS: f"{share_of_model(plan.config, mesh).vocab_size:,} numbers a token, and what the loss makes of them",
         CACHE: f"keys and values of {plan.config.n_layer} layers for {plan.block_size:,} tokens a sequence",
     }
     if plan.generate:
@@ -262,7 +213,7 @@ def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
 
 def _gathered(plan: Plan) -> int:
     with torch.device("meta"):
-        model = GPT(plan.mesh.own(plan.config))
+        model = GPT(share_of_model(plan.config, plan.mesh))
     layers = [*model.blocks, model.embedding]
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     trains = not (plan.lora or plan.generate)

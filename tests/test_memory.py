@@ -13,6 +13,7 @@ import families
 from bench import memory as bench
 from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
+from mesh import Mesh
 from model import GPT, GPTConfig
 from registry import heap
 from registry.__main__ import main
@@ -21,7 +22,6 @@ from registry.memory import (
     GB,
     PROCESS,
     Fitting,
-    Mesh,
     Plan,
     estimate,
     heap_holes,
@@ -156,7 +156,7 @@ def test_dp_divides_the_batch_and_keeps_gradients_twice():
     ("shape", "words"),
     [
         ([[2], ["pp"]], "axis 'pp' is none of dp, fsdp, tp"),
-        ([[0], ["tp"]], "tp=0 must be a whole number above 0"),
+        ([[0], ["tp"]], "tp=0 must be a whole number above 0, or -1"),
         ([[2, 2], ["tp"]], "must be [[sizes], [names]]"),
         ([[2, 2], ["tp", "tp"]], "every axis can be there once"),
         ("[[2], [tp]]", "must be [[sizes], [names]]"),
@@ -286,7 +286,7 @@ def test_the_command_refuses_in_one_sentence(capsys):
     for arguments, words in (
         (["memory"], "memory needs a NAME"),
         (["memory", "small", "--mesh_shape", "[[2], ['pp']]"], "axis 'pp' is none of"),
-        (["memory", "small", "--mesh_shape", "[[2], ['tp']]"], "tp=2 is for llama blocks"),
+        (["memory", "small", "--mesh_shape", "[[2], ['tp']]"], "tp=2 is counted for llama blocks"),
         (["memory", "small", "--block_size", "512"], "block_size=512"),
         (["memory", "small", "--block_size", "0"], "block_size=0"),
     ):

@@ -1,0 +1,429 @@
+"""A GPT in shares: what each process of a mesh holds of it, and how they compute it together.
+
+Over the axes dp and fsdp it is FSDP2's (`fully_shard`), block by block: shards of the parameters, gathered for as long
+as a block computes, and the gradients' mean. Over tp it is Megatron's division (Shoeybi et al. 2019, arXiv 1909.08053):
+heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward and two backward.
+
+tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are one matrix of which a rank needs three
+stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
+several ranks; an adapter's two matrices are cut with their layer; and the loss never gathers the logits. A plain local
+parameter with a `Cut` that says what it is of the whole does all five, and FSDP2 takes it like any other.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import adapters
+import files
+import lora
+from checkpoint import CheckpointManager
+from configurator import RunConfig
+from device import DTYPES
+from distributed import Ranks
+from loss_in_shares import cross_entropy_in_shares, linear_cross_entropy_in_shares
+from model import GPT, IGNORE_INDEX, KVCache, RMSNorm, logits_of
+from model_directory import SHARDS
+from state_in_shares import Pieces, load, put_together, stage
+
+COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
+ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
+PARTS = {"c_attn": 3}  # matrices that lie in one, each of which is cut
+
+
+# ---- what goes between the ranks of a tp group
+
+
+class Split(torch.autograd.Function):
+    """What all ranks have goes into computations that differ: forward nothing, backward the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _total(gradient, ctx.group), None
+
+
+class Join(torch.autograd.Function):
+    """The sum of what the ranks have computed: what all have again. Backward, each gets the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+# ---- layers in shares; a layer becomes one by its class and keeps its parameters' names, as in lora.py
+
+
+class InShares:
+    group: dist.ProcessGroup
+
+
+class ColumnLinear(InShares, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(Split.apply(input, self.group))
+
+
+class RowLinear(InShares, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        y = Join.apply(F.linear(input, self.weight), self.group)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class RowsOfEmbedding(InShares, nn.Embedding):
+    first: int  # id of its first row
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = input - self.first
+        here = (own >= 0) & (own < self.weight.size(0))
+        return Join.apply(F.embedding(own.where(here, 0), self.weight) * here[..., None], self.group)
+
+
+class ColumnAdapter(InShares, lora.Adapter):
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return Split.apply(super().down(x, A), self.group)
+
+
+class RowAdapter(InShares, lora.Adapter):
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return Join.apply(super().down(x, A), self.group)
+
+
+class HeadNorm(InShares, RMSNorm):
+    """Of queries or keys: one weight for all heads, of which every rank has some."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x, Split.apply(self.weight, self.group))
+
+
+class GPTInShares(InShares, GPT):
+    def project(self, x: Tensor) -> Tensor:
+        """Gathered, which is for generating text: no gradient passes."""
+        own = logits_of(self.lm_head(x), self.config.logit_softcap).detach()
+        tp, V = dist.get_world_size(self.group), self.config.vocab_size
+        padded = F.pad(own, (0, -(-V // tp) - own.size(-1)))
+        shares = [torch.empty_like(padded) for _ in range(tp)]
+        dist.all_gather(shares, padded, group=self.group)
+        return torch.cat([share[..., : len(vocabulary_share(V, tp, i))] for i, share in enumerate(shares)], dim=-1)
+
+    def loss(self, x: Tensor, targets: Tensor, only_loss: bool) -> tuple[Tensor | None, Tensor]:
+        x, flat, first, cap = x.flatten(0, 1), targets.flatten(), self.embedding.first, self.config.logit_softcap
+        if type(self.lm_head) is ColumnLinear and cap is None:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            split, weight = Split.apply(x.to(dtype), self.group), self.lm_head.weight.to(dtype)
+            loss = linear_cross_entropy_in_shares(split, weight, flat, first, self.group, IGNORE_INDEX)
+        else:
+            logits = logits_of(self.lm_head(x), cap)
+            loss = cross_entropy_in_shares(logits, flat, first, self.group, IGNORE_INDEX)
+        return None if only_loss else self.project(x).view(*targets.shape, -1), loss
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        tp, weight = dist.get_world_size(self.group), self.lm_head.weight
+        H, K, D = self.config.n_head // tp, max(1, self.config.kv_heads // tp), self.config.D
+        own = {"n_head": H, "n_embd": H * D} | (
+            {"n_kv_head": K, "head_size": D} if self.config.block == "llama" else {}
+        )
+        return KVCache(replace(self.config, **own), batch_size, weight.device, weight.dtype, length)
+
+
+def vocabulary_share(size: int, tp: int, rank: int) -> range:
+    """The rows of `size` that a rank has: the shares differ by one at most."""
+    return range(size * rank // tp, size * (rank + 1) // tp)
+
+
+# ---- what a rank of a tp group has of each parameter
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of one dimension of a tensor these stretches, one behind the other."""
+
+    dim: int
+    stretches: tuple[range, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        return torch.cat([whole.narrow(self.dim, s.start, len(s)) for s in self.stretches], self.dim)
+
+
+def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
+    """{parameter: its Cut}; those that are missing are the same on all ranks of a tp group."""
+    found = {}
+    for path, layer in model.named_modules() if tp > 1 else ():
+        name = path.split(".")[-1]
+        parameters = {f"{path}.{key}": (key, p.dim()) for key, p in layer.named_parameters()}
+        if layer is model.embedding:
+            found[f"{path}.weight"] = Cut(0, (vocabulary_share(layer.num_embeddings, tp, rank),))
+        elif name in COLUMN and not _serves_several(name, model, tp):
+            part = layer.out_features // PARTS.get(name, 1)
+            share = vocabulary_share(part, tp, rank)
+            rows = tuple(range(at + share.start, at + share.stop) for at in range(0, layer.out_features, part))
+            found |= {key: Cut(0, rows) for key, (own, _) in parameters.items() if own.split(".")[-1] != "A"}
+        elif name in ROW:
+            columns = (vocabulary_share(layer.in_features, tp, rank),)
+            found |= {key: Cut(1, columns) for key, (own, n) in parameters.items() if n == 2 and own[-2:] != ".B"}
+    return found
+
+
+def _serves_several(name: str, model: GPT, tp: int) -> bool:
+    """Whether keys and values have fewer heads than there are ranks: each rank then computes all, and takes its own."""
+    return name in ("k_proj", "v_proj") and model.config.kv_heads % tp != 0
+
+
+def _share_layers(model: GPT, ranks: Ranks) -> None:
+    """Give layers the classes that compute shares."""
+    tp, group = ranks.mesh.tp, ranks.group("tp")
+    for path, layer in list(model.named_modules()):
+        name, adapter = path.split(".")[-1], None
+        if layer is model.embedding:
+            kind = RowsOfEmbedding
+            layer.first = vocabulary_share(model.config.vocab_size, tp, ranks.tp_rank).start
+        elif _serves_several(name, model, tp):
+            layer.register_forward_hook(_own_head(model, ranks))
+            continue
+        elif name in COLUMN:
+            kind, adapter = ColumnLinear, ColumnAdapter
+        elif name in ROW:
+            kind, adapter = RowLinear, RowAdapter
+        elif name in ("q_norm", "k_norm"):
+            kind = HeadNorm
+        else:
+            continue
+        lora.change_class(layer, kind)
+        layer.group = group
+        for part in layer.lora.values() if adapter and isinstance(layer, lora.Adapted) else ():
+            part.__class__, part.group = adapter, group
+    model.__class__, model.group = GPTInShares, group
+
+
+def _own_head(model: GPT, ranks: Ranks):
+    """A hook behind a projection that every rank computes: of its (B, T, K * D), the head of this rank's queries."""
+    D, group = model.config.D, ranks.group("tp")
+    head = ranks.tp_rank * model.config.kv_heads // ranks.mesh.tp
+
+    def take(_layer, _input, y: Tensor) -> Tensor:
+        return Split.apply(y, group)[..., head * D : (head + 1) * D]
+
+    return take
+
+
+# ---- the whole model
+
+
+def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, compiled: bool, drawn: bool) -> dict:
+    """Turn `model` into this process's share of it, on `device`, and return the `Cut`s of its parameters.
+
+    The parameters of `model` may be views of a mapped file, or on the meta device, which leaves the shares to be filled
+    (state_in_shares.py); if they are `drawn`, rank 0 has them, and the others get theirs from there. One block is held
+    whole at a time. With a `dtype` of bfloat16, blocks are gathered and computed in it, and gradients are summed in
+    float32, like the weights, which stay so.
+    """
+    held = cuts(model, ranks.mesh.tp, ranks.tp_rank)
+    half = DTYPES[dtype] if dtype == "bfloat16" else None
+    rounded = {id(p) for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
+    if ranks.mesh.tp > 1:
+        _share_layers(model, ranks)
+    shares: dict[int, nn.Parameter] = {}
+
+    def take(module: nn.Module, prefix: str) -> None:
+        for path, layer in module.named_modules(prefix=prefix):
+            for key, whole in list(layer.named_parameters(recurse=False)):
+                if isinstance(whole, DTensor):
+                    continue
+                if id(whole) not in shares:
+                    tensor = _drawn(whole.detach(), ranks) if drawn else whole.detach()
+                    cut = held.get(f"{path}.{key}")
+                    own = cut.of(tensor) if cut else tensor
+                    own = own.to(device, half if id(whole) in rounded else torch.float32, copy=True)
+                    own = torch.empty_like(own, device=device) if own.is_meta else own
+                    shares[id(whole)] = nn.Parameter(own, requires_grad=whole.requires_grad)
+                    kept.append(whole)  # so that no other gets its id
+                setattr(layer, key, shares[id(whole)])
+
+    kept: list[Tensor] = []
+    data = ranks.grid["dp", "fsdp"] if ranks.mesh.dp > 1 else ranks.grid["fsdp"]
+    policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+    blocks = next(path for path, module in model.named_modules() if module is model.blocks)
+    for i, block in enumerate(model.blocks):
+        take(block, f"{blocks}.{i}")
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=data, mp_policy=policy)
+        kept.clear()
+        shares.clear()
+    take(model, "")
+    if half:  # what flows between blocks stays in float32, as under autocast in one process
+        for layer in (model.embedding, *([model.transformer.wpe] if model.config.block == "gpt2" else [])):
+            layer.register_forward_hook(lambda _layer, _input, y: y.float())
+    fully_shard(model, mesh=data, mp_policy=policy)
+    return held
+
+
+def _drawn(tensor: Tensor, ranks: Ranks) -> Tensor:
+    whole = tensor if ranks.main else torch.empty_like(tensor, device="cpu")
+    dist.broadcast(whole, 0)
+    return whole
+
+
+def pieces_of(shard: DTensor, shape: torch.Size, cut: Cut | None, fsdp: int, fsdp_rank: int) -> Pieces:
+    """`shard` is FSDP2's of what `cut` leaves of a tensor of `shape`: some of its first dimension's rows."""
+    local = shard.to_local().detach()
+    rows = shard.size(0)
+    first = min(rows, -(-rows // fsdp) * fsdp_rank)
+    rest = (0,) * (local.dim() - 1)
+    if cut is None or cut.dim == 1:
+        columns = (cut.stretches[0].start,) if cut else rest
+        return Pieces(shape, [((first, *columns), local)] if local.numel() else [])
+    parts, at = [], 0
+    for stretch in cut.stretches:
+        low, high = max(first, at), min(first + local.size(0), at + len(stretch))
+        if low < high:
+            parts.append(((stretch.start + low - at, *rest), local[low - first : high - first]))
+        at += len(stretch)
+    return Pieces(shape, parts)
+
+
+class Shares:
+    """What a process of a mesh has of a run's model, and what all of them do with their shares together."""
+
+    def __init__(self, model: GPT, ranks: Ranks, device: torch.device, config: RunConfig, drawn: bool):
+        """Takes `model` apart: see `parallelize`. Collective, as all methods are but those that say otherwise."""
+        self.model, self.ranks, self.config = model, ranks, config
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        adapted = lora.adapter_names(model)
+        self.fingerprint = adapters.fingerprint_of(model) if adapted and ranks.main else None
+        compiled = config.compile == "true"
+        self.held = parallelize(model, ranks, device, config.dtype, compiled=compiled, drawn=drawn)
+        # What is saved of it, by parameter: an adapter alone, under the names of `lora.lora_state_dict`.
+        self.saved = {name: name for name in self.shapes}
+        if adapted:
+            parts = lora.adapters_of(model, None).items()
+            self.saved = {
+                f"{path}.lora.{adapted[0]}.{own}": f"{path}.{key}"
+                for path, part in parts
+                for own, key in zip("AB", part.keys, strict=True)
+            }
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The shards, by the whole parameter's name. Not collective."""
+        self.model.reshard()  # after a pass without a backward one the root is still whole
+        return dict(self.model.named_parameters())
+
+    def are_finite(self) -> bool:
+        own = all(p.to_local().isfinite().all() for p in self.parameters().values())
+        return all(self.ranks.gather(own))
+
+    def clip_gradients(self, largest: float) -> float:
+        """Scale the gradients so that their norm is at most `largest`, and return what it was: that of the whole model,
+        in which what several ranks hold counts once."""
+        gradients, counted = [], []
+        for name, parameter in self.parameters().items():
+            if parameter.grad is not None:
+                gradients.append(parameter.grad.to_local())
+                counted += gradients[-1:] if name in self.held or self.ranks.tp_rank == 0 else []
+        square = torch.zeros((), device=gradients[0].device)
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).square().sum()
+        for axis in ("fsdp", "tp"):
+            dist.all_reduce(square, group=self.ranks.group(axis))
+        norm = square.sqrt()
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm.item()
+
+    def agree_on_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """float16's scaler skips a step whose gradients overflow: on all ranks, where they do on one."""
+        for found in scaler._found_inf_per_device(optimizer).values() if scaler.is_enabled() else ():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+
+    # ---- state
+
+    def stage(self, directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Write every process's share of weights and moments beside its place. On rank 0: {file: size and sha256}."""
+        self.ranks.main_alone(lambda: files.recover(directory))
+        return stage(directory, {**self._weights(), **self._moments(optimizer)}, self.ranks.rank)
+
+    def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], directory: Path) -> None:
+        """Fill the optimizer's state, and the weights too where they lie in shards, whoever saved these."""
+        optimizer.load_state_dict({"state": {}, "param_groups": state["optimizer"]["param_groups"]})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, saved in state["optimizer"]["state"].items():
+            moments = {key: torch.zeros_like(parameters[i]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameters[i]] = {"step": saved["step"].clone(), **moments}
+        error, index = None, None
+        try:
+            index = CheckpointManager.shards_of(directory, self.ranks.rank, self.ranks.size)
+        except ValueError as problem:
+            error = str(problem)
+        if errors := [error for error in self.ranks.gather(error) if error]:
+            raise ValueError(errors[0])
+        if index:
+            pieces = {**self._weights(), **self._moments(optimizer)}
+            load(pieces, index, lambda name: files.find(directory, name))
+        else:
+            for name, pieces in self._moments(optimizer).items():
+                _, i, key = name.split(".")
+                pieces.fill(state["optimizer"]["state"][int(i)][key])
+
+    def light(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state_dict without what is cut. Not collective."""
+        kept = {
+            i: {key: value for key, value in of.items() if not isinstance(value, DTensor)}
+            for i, of in state["state"].items()
+        }
+        return {**state, "state": kept}
+
+    def consolidated(self, directory: Path, filled: bool) -> GPT:
+        """On rank 0: the whole model that has just been staged, or, if not to be `filled`, one without numbers."""
+        with torch.device("meta"):
+            model = GPT(self.model.config)
+        if lora.adapter_names(self.model):
+            lora.apply_lora(model, self.config.lora_config(), dtype=torch.float32, untie=self.config.lora_untie)
+        if filled:
+            index = json.loads(files.staged_name(directory / SHARDS).read_bytes())
+            names = {f"model.{saved}": name for name, saved in self.saved.items()}
+            for saved, tensor in put_together(index, names, lambda name: files.staged_name(directory / name)).items():
+                path, _, own = names[saved].rpartition(".")
+                setattr(model.get_submodule(path), own, nn.Parameter(tensor))
+            if model.config.tie_word_embeddings:
+                model.lm_head.weight = model.embedding.weight
+        return model
+
+    def _weights(self) -> dict[str, Pieces]:
+        parameters = self.parameters()
+        return {f"model.{saved}": self._pieces(name, parameters[name]) for name, saved in self.saved.items()}
+
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Pieces]:
+        """Under the numbers that `optimizer.state_dict` gives parameters, which are the same in any mesh."""
+        names = {id(parameter): name for name, parameter in self.parameters().items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return {
+            f"optimizer.{i}.{key}": self._pieces(names[id(parameter)], moment)
+            for i, parameter in enumerate(parameters)
+            for key, moment in optimizer.state.get(parameter, {}).items()
+            if isinstance(moment, DTensor)
+        }
+
+    def _pieces(self, name: str, shard: DTensor) -> Pieces:
+        fsdp_rank = self.ranks.grid.get_local_rank("fsdp")
+        return pieces_of(shard, self.shapes[name], self.held.get(name), self.ranks.mesh.fsdp, fsdp_rank)
