@@ -255,8 +255,10 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
                     tensor = _drawn(whole.detach(), ranks) if drawn else whole.detach()
                     cut = held.get(f"{path}.{key}")
                     own = cut.of(tensor) if cut else tensor
-                    own = own.to(device, half if id(whole) in rounded else torch.float32, copy=True)
-                    own = torch.empty_like(own, device=device) if own.is_meta else own
+                    to = half if id(whole) in rounded else torch.float32
+                    own = (
+                        torch.empty_like(own, device=device, dtype=to) if own.is_meta else own.to(device, to, copy=True)
+                    )
                     shares[id(whole)] = nn.Parameter(own, requires_grad=whole.requires_grad)
                     kept.append(whole)  # so that no other gets its id
                 setattr(layer, key, shares[id(whole)])

@@ -13,6 +13,7 @@ DCP's asynchronous save is not used: it would copy the state, and the marker wou
 """
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -23,7 +24,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_local_load_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -79,6 +84,13 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: dict[str, Pieces], metadata: Metadata | None = None, *coordinates) -> None:
+        """DCP's own would take what is no tensor for something else, and copy it."""
+        self.state_dict, self.metadata = state_dict, metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        return create_default_local_load_plan(self.state_dict, self.metadata)
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
@@ -106,8 +118,9 @@ def load(pieces: Mapping[str, Pieces], index: dict[str, Any], path: Callable[[st
     Raises ValueError for a state without these tensors, or with others of their name.
     """
     try:
-        planner = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.load(dict(pieces), storage_reader=Reader(index, path), planner=planner, no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
+            dcp.load(dict(pieces), storage_reader=Reader(index, path), planner=LoadPlanner(), no_dist=alone)
     except CheckpointException as failure:
         first, (error, _) = min(failure.failures.items())
         raise ValueError(f"the saved state cannot be read by rank {first}: {error}") from None

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import QUICK
 
 import configurator
 import train
+from checkpoint import CheckpointManager
 from distributed import Ranks
 from mesh import Mesh
 from preflight import prepare_start
@@ -19,7 +21,16 @@ MESHES = {
     2: ("[[2],['fsdp']]", "[[2],['dp']]", "[[2],['tp']]"),
     4: ("[[4],['fsdp']]", "[[2,2],['fsdp','tp']]", "[[2,2],['dp','fsdp']]", "[[4],['tp']]"),
 }
-STEPS = ("max_iters=20", "n_head=4", "n_embd=32", "gradient_accumulation_steps=4", "bias=true", "warmup_iters=4")
+STEPS = (
+    *QUICK,
+    "compile=false",
+    "max_iters=20",
+    "n_head=4",
+    "n_embd=32",
+    "gradient_accumulation_steps=4",
+    "bias=true",
+    "warmup_iters=4",
+)
 MODELS = {
     "gpt2 tied": ("tie_word_embeddings=true", "vocab_size=323"),
     "gpt2": ("tie_word_embeddings=false", "bias=false"),
@@ -52,7 +63,7 @@ def _worker(rank, processes, port, results, work, arguments):
 
 
 def trainer(ranks: Ranks, *settings: str) -> train.Trainer:
-    config, given = configurator.load(["compile=false", *QUICK, *settings])
+    config, given = configurator.load(list(settings))
     start = prepare_start(config, given, ranks)
     ranks.arrange(Mesh.parse(start.config.mesh_shape, ranks.size), "cpu")
     return train.Trainer(start, CPU, ranks)
@@ -90,3 +101,71 @@ def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_pat
             abs(a - b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)
         )
         assert worst < 1e-5, (name, worst, found[:3], expected[:3])
+
+
+# ---- saved in shares, resumed anywhere
+
+
+def part_of_a_run(ranks: Ranks, count: int, *settings: str) -> list[float]:
+    """The losses of so many steps more, saved then with the best weights."""
+    run = trainer(ranks, *settings)
+    losses = [run.step()[0] for _ in range(count)]
+    run.evaluate_and_save()
+    return losses
+
+
+def parts_of_runs(ranks: Ranks, parts: list[tuple]) -> list[list[float]]:
+    return [part_of_a_run(ranks, *part) for part in parts]
+
+
+def state(directory: Path) -> dict:
+    loaded = CheckpointManager.load_training_state(directory)
+    return {"model": loaded["model"], "optimizer": loaded["optimizer"]["state"], "seen": loaded["samples_seen"]}
+
+
+def largest_difference(a, b) -> float:
+    if isinstance(a, torch.Tensor):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        return (a - b).abs().max().item() if a.numel() else 0.0
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max((largest_difference(a[key], b[key]) for key in a), default=0.0)
+    return abs(a - b)
+
+
+@pytest.mark.parametrize("kind", ["gpt2 tied", "llama"])
+def test_a_run_goes_on_in_another_mesh_and_in_one_process_as_it_would_have(dataset, tmp_path, kind):
+    begin = (*STEPS, f"dataset={dataset}", *MODELS[kind])
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    expected = part_of_a_run(Ranks(), 12, *begin, f"out_dir={straight}")
+    resume = ("init_from=resume", f"out_dir={out}")
+    found = part_of_a_run(Ranks(), 2, *begin, f"out_dir={out}")
+    more = [(2, *resume, "mesh_shape=[[2,2],['fsdp','tp']]"), (2, *resume, "mesh_shape=[[2,2],['dp','fsdp']]")]
+    found += sum(started(4, parts_of_runs, more), [])
+    found += started(2, part_of_a_run, 2, *resume, "mesh_shape=[[2],['tp']]")
+    assert len(list((out / "last").iterdir())) == 4  # the state, the index and two shards; those of four are gone
+    assert CheckpointManager.verify(out) == []
+    found += started(2, part_of_a_run, 2, *resume)
+    middle = state(out)
+    found += part_of_a_run(Ranks(), 2, *resume)
+    assert [path.name for path in (out / "last").iterdir()] == ["state.pt"]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
+    assert middle["seen"] == 10 * 8 and largest_difference(state(out), state(straight)) < 1e-4
+    whole, again = (CheckpointManager.load_model(path)[0].state_dict() for path in (straight, out))
+    assert largest_difference(whole, again) < 1e-4
+
+
+def straight_and_in_two(ranks: Ranks, folder: Path, meshes: tuple[str, ...], *settings: str) -> None:
+    for i, mesh in enumerate(meshes):
+        out = [f"out_dir={folder / str(i) / name}" for name in ("straight", "stopped")]
+        part_of_a_run(ranks, 4, *settings, out[0], f"mesh_shape={mesh}")
+        part_of_a_run(ranks, 2, *settings, out[1], f"mesh_shape={mesh}")
+        part_of_a_run(ranks, 2, "init_from=resume", out[1])
+
+
+@pytest.mark.parametrize("processes", MESHES)
+def test_the_same_mesh_goes_on_exactly(dataset, tmp_path, processes):
+    settings = (*STEPS, f"dataset={dataset}", "dropout=0.1")
+    started(processes, straight_and_in_two, tmp_path, MESHES[processes], *settings)
+    for i, mesh in enumerate(MESHES[processes]):
+        assert largest_difference(*(state(tmp_path / str(i) / name) for name in ("straight", "stopped"))) == 0, mesh
