@@ -136,7 +136,7 @@ class RunConfig:
     )
     mesh_shape: str = setting(
         "",
-        "how torchrun's processes share the work, [[2, 2], ['fsdp', 'tp']] say: dp replicas, fsdp shards of weights and "
+        "how torchrun's processes share the work, as [[2, 2], ['fsdp', 'tp']]: dp replicas, fsdp shards of weights and "
         "batch, tp shards of heads, MLP and vocabulary; -1: what is left; empty: replicas",
     )
     activation_checkpointing: bool = setting(

@@ -255,11 +255,10 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
                     tensor = _drawn(whole.detach(), ranks) if drawn else whole.detach()
                     cut = held.get(f"{path}.{key}")
                     own = cut.of(tensor) if cut else tensor
-                    to = half if id(whole) in rounded else torch.float32
-                    own = (
-                        torch.empty_like(own, device=device, dtype=to) if own.is_meta else own.to(device, to, copy=True)
-                    )
-                    shares[id(whole)] = nn.Parameter(own, requires_grad=whole.requires_grad)
+                    share = torch.empty(own.shape, dtype=half if id(whole) in rounded else torch.float32, device=device)
+                    if not own.is_meta:
+                        share.copy_(own)
+                    shares[id(whole)] = nn.Parameter(share, requires_grad=whole.requires_grad)
                     kept.append(whole)  # so that no other gets its id
                 setattr(layer, key, shares[id(whole)])
 

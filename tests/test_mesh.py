@@ -1,7 +1,9 @@
-"""Several processes, one model: real ones, with gloo, on tiny models. What they compute is what one process computes."""
+"""Several processes, one model: real ones, with gloo, on tiny models. They compute what one process computes."""
 
+import json
 import os
 import socket
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch.multiprocessing
 from conftest import QUICK
 
 import configurator
+import families
 import train
 from checkpoint import CheckpointManager
 from distributed import Ranks
+from hugging_face import write_weights
 from mesh import Mesh
 from preflight import prepare_start
 
@@ -35,7 +39,7 @@ MODELS = {
     "gpt2 tied": ("tie_word_embeddings=true", "vocab_size=323"),
     "gpt2": ("tie_word_embeddings=false", "bias=false"),
     "llama": ("preset=modern", "tie_word_embeddings=false", "vocab_size=321", "bias=false"),
-    "llama tied": ("preset=modern", "tie_word_embeddings=true"),
+    "llama tied": ("preset=modern", "tie_word_embeddings=true", "bias=false"),
 }
 
 
@@ -97,10 +101,12 @@ def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_pat
     }
     for name, found in started(processes, many, cases).items():
         expected = alone[name.split(" [")[0]]
-        worst = max(
-            abs(a - b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)
-        )
-        assert worst < 1e-5, (name, worst, found[:3], expected[:3])
+        assert differ(found, expected) < 1e-5, (name, found[:3], expected[:3])
+
+
+def differ(found: list[tuple], expected: list[tuple]) -> float:
+    pairs = zip(chain(*found), chain(*expected), strict=True)
+    return max(abs(a - b) for a, b in pairs)
 
 
 # ---- saved in shares, resumed anywhere
@@ -141,7 +147,7 @@ def test_a_run_goes_on_in_another_mesh_and_in_one_process_as_it_would_have(datas
     resume = ("init_from=resume", f"out_dir={out}")
     found = part_of_a_run(Ranks(), 2, *begin, f"out_dir={out}")
     more = [(2, *resume, "mesh_shape=[[2,2],['fsdp','tp']]"), (2, *resume, "mesh_shape=[[2,2],['dp','fsdp']]")]
-    found += sum(started(4, parts_of_runs, more), [])
+    found += chain(*started(4, parts_of_runs, more))
     found += started(2, part_of_a_run, 2, *resume, "mesh_shape=[[2],['tp']]")
     assert len(list((out / "last").iterdir())) == 4  # the state, the index and two shards; those of four are gone
     assert CheckpointManager.verify(out) == []
@@ -169,3 +175,64 @@ def test_the_same_mesh_goes_on_exactly(dataset, tmp_path, processes):
     started(processes, straight_and_in_two, tmp_path, MESHES[processes], *settings)
     for i, mesh in enumerate(MESHES[processes]):
         assert largest_difference(*(state(tmp_path / str(i) / name) for name in ("straight", "stopped"))) == 0, mesh
+
+
+# ---- starting from a model, all of it or adapters
+
+
+@pytest.fixture(scope="module")
+def bases(dataset, tmp_path_factory) -> dict[str, Path]:
+    """Of every kind one of our directories, and the same as Hugging Face's: in bfloat16, and nothing of ours."""
+    folder = tmp_path_factory.mktemp("bases")
+    found = {}
+    for kind, settings in MODELS.items():
+        ours = folder / kind.replace(" ", "-")
+        part_of_a_run(Ranks(), 2, *STEPS, f"dataset={dataset}", f"out_dir={ours}", *settings)
+        theirs = folder / f"hf-{ours.name}"
+        model = CheckpointManager.load_model(ours)[0].to(torch.bfloat16)
+        theirs.mkdir()
+        (theirs / "config.json").write_text(json.dumps(families.hf_config(model.config)))
+        (theirs / "tokenizer.json").write_bytes((ours / "tokenizer.json").read_bytes())
+        with open(theirs / "model.safetensors", "wb") as file:
+            write_weights(file, model)
+        found |= {kind: ours, f"hf {kind}": theirs}
+    return found
+
+
+TRAINING = tuple(s for s in STEPS if not s.startswith(("n_", "bias", "block_size")))
+LORA = (*TRAINING, "block_size=32", "lora=true", "lora_rank=4", "learning_rate=1e-2")
+ADAPTED = {
+    "gpt2 tied": (*LORA, "lora_targets=all-linear"),
+    "llama": (*LORA, "lora_targets=all"),
+    "hf llama tied": (*LORA, "lora_targets=q_proj,v_proj,down_proj,lm_head", "lora_untie=true"),
+    "hf gpt2": (*TRAINING, "block_size=32"),
+}
+
+
+@pytest.mark.parametrize("processes", MESHES)
+def test_adapters_and_fine_tuning_in_a_mesh_are_what_they_are_in_one_process(bases, dataset, tmp_path, processes):
+    def settings(name, mesh=""):
+        return (*ADAPTED[name], f"init_from={bases[name]}", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", mesh)
+
+    meshes = MESHES[processes][1:]
+    cases = {f"{name} {mesh}": settings(name, f"mesh_shape={mesh}") for name in ADAPTED for mesh in meshes}
+    found = started(processes, many, cases)
+    for name in ADAPTED:
+        expected = steps(Ranks(), *settings(name, "mesh_shape="))
+        for mesh in meshes:
+            assert differ(found[f"{name} {mesh}"], expected) < 1e-5, (name, mesh)
+
+
+def test_an_adapter_saved_by_a_mesh_opens_and_goes_on_like_one_of_a_process(bases, dataset, tmp_path):
+    begin = (*ADAPTED["llama"], f"init_from={bases['llama']}", f"dataset={dataset}")
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    expected = part_of_a_run(Ranks(), 6, *begin, f"out_dir={straight}")
+    found = started(4, part_of_a_run, 2, *begin, f"out_dir={out}", "mesh_shape=[[2,2],['fsdp','tp']]")
+    assert (out / "adapters" / "adapter_model.safetensors").exists() and not (out / "ckpt.pt").exists()
+    assert CheckpointManager.verify(out) == []
+    found += started(2, part_of_a_run, 2, "init_from=resume", f"out_dir={out}")
+    found += part_of_a_run(Ranks(), 2, "init_from=resume", f"out_dir={out}")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-5
+    assert largest_difference(state(out), state(straight)) < 1e-4
+    whole, again = (CheckpointManager.load_model_for_inference(path).state_dict() for path in (straight, out))
+    assert largest_difference(whole, again) < 1e-4
