@@ -107,7 +107,7 @@ def stage(directory: Path, pieces: Mapping[str, Pieces], rank: int) -> dict[str,
         writer.sweep()
         first, (error, _) = min(failure.failures.items())
         if not isinstance(error, OSError | ValueError):
-            raise RuntimeError(f"rank {first} could not save") from error
+            raise error from None
         raise files.SaveError(f"rank {first}: {error}") from None
     return writer.entries
 
@@ -123,6 +123,8 @@ def load(pieces: Mapping[str, Pieces], index: dict[str, Any], path: Callable[[st
             dcp.load(dict(pieces), storage_reader=Reader(index, path), planner=LoadPlanner(), no_dist=alone)
     except CheckpointException as failure:
         first, (error, _) = min(failure.failures.items())
+        if not isinstance(error, OSError | ValueError):
+            raise error from None
         raise ValueError(f"the saved state cannot be read by rank {first}: {error}") from None
 
 

@@ -2,14 +2,21 @@
 
 import json
 import os
+import random
+import resource
+import signal
 import socket
-from itertools import chain
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import QUICK
+from conftest import QUICK, ROOT, command
 
 import configurator
 import families
@@ -43,11 +50,15 @@ MODELS = {
 }
 
 
-def started(processes: int, work, *arguments):
-    """What `work(ranks, *arguments)` gives on rank 0 of so many processes."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def started(processes: int, work, *arguments):
+    """What `work(ranks, *arguments)` gives on rank 0 of so many processes."""
+    port = free_port()
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     torch.multiprocessing.spawn(_worker, (processes, port, results, work, arguments), nprocs=processes)
@@ -236,3 +247,115 @@ def test_an_adapter_saved_by_a_mesh_opens_and_goes_on_like_one_of_a_process(base
     assert largest_difference(state(out), state(straight)) < 1e-4
     whole, again = (CheckpointManager.load_model_for_inference(path).state_dict() for path in (straight, out))
     assert largest_difference(whole, again) < 1e-4
+
+
+# ---- what goes wrong on one process
+
+
+class Run:
+    """Processes of train.py as torchrun starts them, each with an environment and limits of its own."""
+
+    def __init__(self, processes: int, *settings: str, largest_file: dict[int, int] | None = None):
+        port = free_port()
+        self.processes = []
+        for rank in range(processes):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            size = (largest_file or {}).get(rank)
+            limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)) if size else None
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            one = subprocess.Popen(command("train.py", *settings), env=environment, preexec_fn=limit, **pipes)
+            self.processes.append(one)
+
+    def ended(self, timeout: float = 90) -> tuple[list[int], str, str]:
+        """(exit codes, everything on stdout, everything on stderr); no process may need longer."""
+        try:
+            texts = [process.communicate(timeout=timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [p.returncode for p in self.processes], *("".join(part) for part in zip(*texts, strict=True))
+
+
+def wait_for(directory: Path, iteration: int, run: Run) -> None:
+    deadline, path = time.monotonic() + 90, directory / "metrics.jsonl"
+    while time.monotonic() < deadline and all(process.poll() is None for process in run.processes):
+        if path.exists() and f'"iter": {iteration},' in path.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"iteration {iteration} was never reached: {run.ended(1)}")
+
+
+def test_a_configuration_that_cannot_be_is_one_message_of_all_problems(dataset, tmp_path):
+    run = Run(
+        2, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *STEPS, "n_head=1", "mesh_shape=[[1,3],['fsdp','tp']]"
+    )
+    codes, _, errors = run.ended()
+    assert codes == [1, 1] and errors.count("train.py: rank") == 1 and "Traceback" not in errors
+    assert "tp=3 is for 3 process(es), and there are 2: mesh_shape=" in errors
+    assert "tp=3 does not divide n_head=1" in errors and "tp can be 1" in errors
+    assert not (tmp_path / "x").exists()
+
+
+def test_sigterm_to_one_process_stops_all_and_the_run_goes_on(dataset, tmp_path):
+    out = tmp_path / "x"
+    settings = (f"dataset={dataset}", f"out_dir={out}", *STEPS, "eval_interval=100000", "max_iters=100000")
+    run = Run(2, *settings, "mesh_shape=[[2],['tp']]")
+    wait_for(out, 3, run)
+    run.processes[1].terminate()
+    codes, said, errors = run.ended()
+    assert codes == [143, 143] and said.count("stopped by SIGTERM") == 1 and not errors, errors
+    assert CheckpointManager.verify(out) == [] and state(out)["seen"] > 0
+
+
+def test_a_full_disk_on_one_process_stops_all_with_the_last_save_intact(dataset, tmp_path):
+    out = tmp_path / "x"
+    settings = (f"dataset={dataset}", f"out_dir={out}", *STEPS)
+    Run(2, *settings, "max_iters=2").ended()
+    before = state(out)
+    for rank in (0, 1):
+        run = Run(2, "init_from=resume", f"out_dir={out}", "max_iters=4", largest_file={rank: 40_000})
+        codes, _, errors = run.ended()
+        assert codes == [1, 1] and errors.count("train.py:") == 1, errors
+        assert (
+            "cannot write" in errors and f"rank {rank}" in errors and "intact" in errors and "Traceback" not in errors
+        )
+        assert largest_difference(state(out), before) == 0 and CheckpointManager.verify(out) == []
+        assert not list(out.rglob("*.nanoforge-new"))
+
+
+@pytest.mark.slow
+def test_killing_one_process_at_random_moments_of_saves_never_tears_a_run(dataset, tmp_path):
+    out, draw, seen = tmp_path / "x", random.Random(0), []
+    begin = (f"dataset={dataset}", f"out_dir={out}", *STEPS, "max_iters=100000", "eval_interval=1", "sample_tokens=0")
+    for turn in range(8):
+        start = len(metrics(out)) if turn else 0
+        run = Run(2, *(("init_from=resume", f"out_dir={out}") if turn else begin))
+        deadline = time.monotonic() + 90
+        while len(metrics(out)) < start + 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        run.processes[turn % 2].kill()
+        codes, _, errors = run.ended()
+        assert codes[turn % 2] == -signal.SIGKILL and codes[1 - turn % 2] == 1, (codes, errors)
+        assert "another process has ended" in errors and "Traceback" not in errors, errors
+        assert CheckpointManager.verify(out) == []
+        seen.append(state(out)["seen"])
+    assert all(a < b for a, b in pairwise(seen)), seen
+    assert min(sum(f.is_file() for f in (out / "last").iterdir()), 4) == 4
+
+
+def metrics(directory: Path) -> list[str]:
+    path = directory / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_torchrun_starts_it(dataset, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
+    out = tmp_path / "x"
+    settings = (f"dataset={dataset}", f"out_dir={out}", *STEPS, "max_iters=2", "mesh_shape=[[-1],['fsdp']]")
+    done = subprocess.run([*torchrun, *settings], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '2 process(es): mesh_shape [[2], ["fsdp"]]' in done.stdout and done.stdout.count("done: iteration 2") == 1
+    assert "4 micro-batches of 2 sequences, divided among 2 processes" in done.stdout
+    assert CheckpointManager.verify(out) == []
