@@ -117,6 +117,14 @@ class HeadNorm(InShares, RMSNorm):
         return self.normed(x, Split.apply(self.weight, self.group))
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """In the dtype of what it normalises, whatever that of its gathered weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class GPTInShares(InShares, GPT):
     def project(self, x: Tensor) -> Tensor:
         """Gathered, which is for generating text: no gradient passes."""
@@ -244,6 +252,11 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
     rounded = {id(p) for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
     if ranks.mesh.tp > 1:
         _share_layers(model, ranks)
+    for layer in model.modules() if half else ():  # what flows between blocks stays in float32, as in one process
+        if type(layer) is nn.LayerNorm:
+            layer.__class__ = WideLayerNorm
+        elif isinstance(layer, nn.Embedding):
+            layer.register_forward_hook(lambda _layer, _input, y: y.float())
     shares: dict[int, nn.Parameter] = {}
 
     def take(module: nn.Module, prefix: str) -> None:
@@ -274,9 +287,6 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
         kept.clear()
         shares.clear()
     take(model, "")
-    if half:  # what flows between blocks stays in float32, as under autocast in one process
-        for layer in (model.embedding, *([model.transformer.wpe] if model.config.block == "gpt2" else [])):
-            layer.register_forward_hook(lambda _layer, _input, y: y.float())
     fully_shard(model, mesh=data, mp_policy=policy)
     return held
 
