@@ -103,17 +103,14 @@ def mesh_problems(mesh: Mesh, processes: int, config: GPTConfig, micro_batches: 
 
 def tp_misfits(tp: int, config: GPTConfig) -> list[str]:
     """Where tp ranks cannot have equal shares of a model. The vocabulary's may differ by one row."""
-    misfits = [f"does not divide {name}={size}" for name, size in _sizes(config).items() if size % tp]
+    sizes = {"n_head": config.n_head, "the MLP's width": config.inner}
+    misfits = [f"does not divide {name}={size}" for name, size in sizes.items() if size % tp]
     K = config.kv_heads
-    if K % tp and tp % K:
-        misfits.append(f"and n_kv_head={K} do not divide one another")
+    if K < config.n_head and K % tp and tp % K:
+        misfits.append(f"neither divides n_kv_head={K} nor is divided by it")
     if config.vocab_size < tp:
         misfits.append(f"is more than vocab_size={config.vocab_size}")
     return misfits
-
-
-def _sizes(config: GPTConfig) -> dict[str, int]:
-    return {"n_head": config.n_head, "the MLP's width": config.inner}
 
 
 def _fitting(mesh: Mesh, processes: int) -> str:

@@ -1,6 +1,7 @@
 """Several processes, one model: real ones, with gloo, on tiny models. They compute what one process computes."""
 
 import json
+import math
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -28,8 +30,9 @@ from checkpoint import CheckpointManager
 from data.tokens import load_dataset
 from distributed import Ranks
 from hugging_face import write_weights
-from mesh import Mesh
+from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig
+from parallel import cuts
 from preflight import prepare_start
 
 CPU = torch.device("cpu")
@@ -53,6 +56,92 @@ MODELS = {
     "llama": ("preset=modern", "tie_word_embeddings=false", "vocab_size=321", "bias=false"),
     "llama tied": ("preset=modern", "tie_word_embeddings=true", "bias=false"),
 }
+
+
+# ---- which meshes there can be, found without a process
+
+
+def test_a_mesh_is_parsed_and_filled():
+    assert Mesh.parse("", 4) == Mesh(dp=4) and Mesh.parse(None) == Mesh()
+    assert Mesh.parse("[[2,2],['fsdp','tp']]") == Mesh(fsdp=2, tp=2)
+    assert Mesh.parse([[-1, 2], ["fsdp", "tp"]], 8) == Mesh(fsdp=4, tp=2)
+    assert Mesh.parse([[1, 1], ["fsdp", "tp"]]).devices == 1
+    assert (Mesh(2, 3, 4).devices, Mesh(2, 3, 4).readers) == (24, 6)
+    assert Mesh.parse(str(Mesh(2, 3, 4))) == Mesh(2, 3, 4)
+    with pytest.raises(ValueError, match="-1 is what a number of processes leaves"):
+        Mesh.parse([[-1], ["fsdp"]])
+    with pytest.raises(
+        ValueError, match=r"axis 'pp' is none of dp, fsdp, tp; tp=0 must be .*; every axis can be there"
+    ):
+        Mesh.parse([[0, 2, 2], ["tp", "pp", "tp"]], 4)
+
+
+GEMMA = configurator.PRESETS["gemma3-1b"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "processes", "config", "micro_batches", "words"),
+    [
+        (Mesh(fsdp=2, tp=2), 4, GPTConfig(), 2, []),
+        (Mesh(tp=4), 4, GEMMA, 1, []),  # its one head of keys serves all four
+        (Mesh(dp=2, fsdp=4), 8, GPTConfig(), 40, []),
+        (
+            Mesh(fsdp=2),
+            4,
+            GPTConfig(),
+            4,
+            ["fsdp=2 is for 2 process(es), and there are 4", 'mesh_shape=[[4], ["fsdp"]]'],
+        ),
+        (Mesh(fsdp=2, tp=2), 6, GPTConfig(), 6, ['mesh_shape=[[3, 2], ["fsdp", "tp"]] would fit', "nproc_per_node=4"]),
+        (Mesh(tp=8), 8, GPTConfig(), 1, ["tp=8 does not divide n_head=12; for this model tp can be 1, 2, 3, 4, 6, 12"]),
+        (Mesh(tp=3), 3, GEMMA, 1, ["does not divide n_head=4", "tp can be 1, 2, 4"]),
+        (
+            Mesh(tp=4),
+            4,
+            replace(GEMMA, n_head=24, n_kv_head=6),
+            1,
+            ["tp=4 neither divides n_kv_head=6 nor is divided by it"],
+        ),
+        (Mesh(tp=4), 4, replace(GEMMA, n_inner=6), 1, ["does not divide the MLP's width=6", "tp can be 1, 2"]),
+        (Mesh(fsdp=4), 4, GPTConfig(), 6, ["gradient_accumulation_steps=6 must be a multiple of the 4", "4 or 8"]),
+        (Mesh(fsdp=3, tp=5), 4, GPTConfig(), 1, ["15 process(es)", "tp=5 does not divide", "the nearest is 3"]),
+    ],
+)
+def test_all_that_is_wrong_with_a_mesh_is_said_with_what_would_be_right(mesh, processes, config, micro_batches, words):
+    problems = mesh_problems(mesh, processes, config, micro_batches)
+    assert bool(problems) == bool(words)
+    assert all(word in "; ".join(problems) for word in words), problems
+
+
+def test_a_mesh_shape_is_read_from_files_and_arguments_and_its_source_is_named(tmp_path):
+    file = tmp_path / "mesh.py"
+    file.write_text("config = {'mesh_shape': [[2, 2], ['fsdp', 'tp']]}")
+    assert Mesh.parse(configurator.load([str(file)])[0].mesh_shape) == Mesh(fsdp=2, tp=2)
+    assert Mesh.parse(configurator.load(['--mesh_shape=[[4],["tp"]]'])[0].mesh_shape) == Mesh(tp=4)
+    file.write_text("config = {\n'mesh_shape': [[2], ['pp']]}")
+    with pytest.raises(ValueError, match=r"mesh.py:2: mesh_shape=.*axis 'pp' is none of dp, fsdp, tp"):
+        configurator.load([str(file)])
+
+
+def test_the_shares_of_a_fused_projection_and_of_an_odd_vocabulary_make_the_whole():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 97, 1, 4, 8))
+    found = [cuts(model, 4, rank) for rank in range(4)]
+    for name, cut in found[0].items():
+        whole = model.get_parameter(name).detach()
+        rebuilt = torch.full_like(whole, math.nan)
+        for rank in range(4):
+            at = 0
+            for stretch in found[rank][name].stretches:
+                own = found[rank][name].of(whole).narrow(cut.dim, at, len(stretch))
+                rebuilt.narrow(cut.dim, stretch.start, len(stretch)).copy_(own)
+                at += len(stretch)
+        assert torch.equal(rebuilt, whole), name
+    assert [len(f["transformer.wte.weight"].stretches[0]) for f in found] == [24, 24, 24, 25]
+    assert [s.start for s in found[1]["transformer.h.0.attn.c_attn.weight"].stretches] == [2, 10, 18]
+
+
+# ---- real processes
 
 
 def free_port() -> int:
