@@ -106,7 +106,7 @@ def tp_misfits(tp: int, config: GPTConfig) -> list[str]:
     sizes = {"n_head": config.n_head, "the MLP's width": config.inner}
     misfits = [f"does not divide {name}={size}" for name, size in sizes.items() if size % tp]
     K = config.kv_heads
-    if K < config.n_head and K % tp and tp % K:
+    if config.n_head > K and K % tp and tp % K:
         misfits.append(f"neither divides n_kv_head={K} nor is divided by it")
     if config.vocab_size < tp:
         misfits.append(f"is more than vocab_size={config.vocab_size}")

@@ -100,7 +100,7 @@ GEMMA = configurator.PRESETS["gemma3-1b"]
             4,
             replace(GEMMA, n_head=24, n_kv_head=6),
             1,
-            ["tp=4 neither divides n_kv_head=6 nor is divided by it"],
+            ["tp=4 neither divides n_kv_head=6 nor is"],
         ),
         (Mesh(tp=4), 4, replace(GEMMA, n_inner=6), 1, ["does not divide the MLP's width=6", "tp can be 1, 2"]),
         (Mesh(fsdp=4), 4, GPTConfig(), 6, ["gradient_accumulation_steps=6 must be a multiple of the 4", "4 or 8"]),
