@@ -54,7 +54,6 @@ from model_directory import (
     show,
     status,
 )
-from state_in_shares import put_together
 from weights import build_model, model_args, read_checkpoint, reshaped
 
 
@@ -213,7 +212,11 @@ class CheckpointManager:
         if SHARDS not in files.read_marker(directory)["files"]:
             return None
         with files.open_verified(directory, SHARDS) as file:
-            return json.load(file)
+            content = file.read()
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{directory / SHARDS} is no JSON: {error}") from None
 
     @staticmethod
     def base_reference(base: str | Path, directory: str | Path) -> dict[str, str]:
@@ -394,17 +397,16 @@ def _superseded(directory: Path, shards: dict[str, Any] | None) -> list[str]:
 
 def _put_together(directory: Path, state: dict[str, Any], device: str | torch.device) -> None:
     """The tensors of a training state from their shards."""
+    from state_in_shares import put_together  # torch.distributed.checkpoint takes as long to import as half of torch
+
     index = CheckpointManager.shards_of(directory)
-    tensors = {
-        k: t.to(device) for k, t in put_together(index, index["tensors"], lambda n: files.find(directory, n)).items()
-    }
-    for name, tensor in tensors.items():
+    for name, tensor in put_together(index, lambda file: files.find(directory, file)).items():
         kind, _, rest = name.partition(".")
         if kind == "model":
-            state["model"][rest] = tensor
+            state["model"][rest] = tensor.to(device)
         else:
             number, key = rest.split(".")
-            state["optimizer"]["state"][int(number)][key] = tensor
+            state["optimizer"]["state"][int(number)][key] = tensor.to(device)
 
 
 def _load(directory: Path, name: str, device: str | torch.device, mapped: bool = False) -> dict[str, Any]:

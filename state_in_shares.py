@@ -128,12 +128,13 @@ def load(pieces: Mapping[str, Pieces], index: dict[str, Any], path: Callable[[st
         raise ValueError(f"the saved state cannot be read by rank {first}: {error}") from None
 
 
-def put_together(index: dict[str, Any], names: Collection[str], path: Callable[[str], Path]) -> dict[str, Tensor]:
-    """These tensors of a state, put together."""
-    tensors = {}
-    for name in names:
-        about = index["tensors"][name]
-        tensors[name] = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+def put_together(
+    index: dict[str, Any], path: Callable[[str], Path], names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """These tensors of a state, put together; without `names`, all of them."""
+    described = Reader(index, path).read_metadata().state_dict_metadata
+    wanted = {name: described[name] for name in (described if names is None else names)}
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in wanted.items()}
     load({name: Pieces(t.shape, [((0,) * t.dim(), t)]) for name, t in tensors.items()}, index, path, alone=True)
     return tensors
 
@@ -195,12 +196,17 @@ class Reader(StorageReader):
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         described = {}
-        for name, about in self.index["tensors"].items():
-            parts = [(part["offset"], part["shape"], part["file"]) for part in about["parts"]]
-            self.files |= {MetadataIndex(name, offset): file for offset, _, file in parts}
-            chunks = [ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)) for offset, shape, _ in parts]
-            properties = TensorProperties(DTYPES[about["dtype"]])
-            described[name] = TensorStorageMetadata(properties, torch.Size(about["shape"]), chunks)
+        try:
+            for name, about in self.index["tensors"].items():
+                parts = [
+                    (torch.Size(part["offset"]), torch.Size(part["shape"]), part["file"]) for part in about["parts"]
+                ]
+                self.files |= {MetadataIndex(name, offset): file for offset, _, file in parts}
+                chunks = [ChunkStorageMetadata(offset, shape) for offset, shape, _ in parts]
+                properties = TensorProperties(DTYPES[about["dtype"]])
+                described[name] = TensorStorageMetadata(properties, torch.Size(about["shape"]), chunks)
+        except (KeyError, TypeError, AttributeError) as error:  # whatever a JSON that is no index lacks
+            raise ValueError(f"{self.path(SHARDS)} is no index of shards ({error!r})") from None
         return Metadata(described)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

@@ -33,7 +33,6 @@ from distributed import Ranks, is_lost_contact
 from logbook import Logbook, duration, plot_loss, read_metrics
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
-from parallel import Shares
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 
@@ -102,6 +101,8 @@ class Trainer:
         self.tokenizer = Tokenizer.load(path) if path else None
         self.raw_model, self.parameters, self.shares = start.model, start.model.num_params(), None
         if ranks.size > 1:
+            from shares import Shares  # FSDP2 and DCP take half a second to import, which one process can do without
+
             drawn = start.state is None and config.init_from == "scratch"
             self.shares = Shares(self.raw_model, ranks, device, config, drawn)
         else:

@@ -84,8 +84,7 @@ class Estimate:
 def share_of_model(config: GPTConfig, mesh: Mesh) -> GPTConfig:
     """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it.
 
-    Of the weights in use, two layers' are gathered at a time over fsdp, one that computes and one that is fetched, in
-    the dtype of the products. A key and value head that is too few is on several devices.
+    A key and value head that is too few is on several devices.
     """
     if mesh.tp == 1:
         return config
@@ -168,7 +167,7 @@ def share_of_batch(batch_size: int, mesh: Mesh) -> int:
 def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Estimate:
     """The estimate that follows from a rehearsal. `holes`: see `heap_holes`, which is asked where it is not given."""
     mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
-    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.fsdp > 1 else {})
+    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.readers > 1 else {})
     found = rehearsal.peak(shares)
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
     adapters = f", {trained:,} of them adapters'" if plan.lora else ""
@@ -187,14 +186,9 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
         sources |= {LOGITS: "of each sequence's last token", ACTIVATIONS: "a layer that reads the prompt"}
     items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{each} x {whole:,}{adapters}{divided}")]
     items += [Item(kind, found[kind], source) for kind, source in sources.items() if found[kind]]
-    if mesh.fsdp > 1:
-        items.append(
-            Item("gathered", _gathered(plan), "the weights of two layers, and in full training one's gradients")
-        )
-    if mesh.dp > 1 and not plan.generate:
-        items.append(
-            Item("buckets", 4 * trained // mesh.fsdp, f"DistributedDataParallel's: 4 bytes x {trained:,}{divided}")
-        )
+    if gathered := _gathered(plan):
+        source = "weights of two blocks and of what is outside them, and in full training a layer's gradients"
+        items.append(Item("gathered", gathered, source))
     counted = sum(item.size for item in items)
     if plan.cuda:
         source = f"{CONTEXT / GB} GB for CUDA itself, and {ROUNDING:.0%} lost between buffers; assumed, not measured"
@@ -212,12 +206,18 @@ def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
 
 
 def _gathered(plan: Plan) -> int:
+    """Where several processes divide the batch (parallel.py): the weights in use, in the dtype of the products, unless
+    they are there as they are; and the gradients that are being summed, in float32."""
+    if plan.mesh.readers == 1:
+        return 0
     with torch.device("meta"):
         model = GPT(share_of_model(plan.config, plan.mesh))
-    layers = [*model.blocks, model.embedding]
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    outside = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block
+    copied = plan.mesh.fsdp > 1 or plan.dtype == "bfloat16"
     trains = not (plan.lora or plan.generate)
-    return largest * (2 * DTYPES[plan.dtype].itemsize + (4 if trains else 0))
+    weights = (2 * block + outside) * DTYPES[plan.dtype].itemsize if copied else 0
+    return weights + (4 * max(block, outside) if trains else 0)
 
 
 class Fitting:

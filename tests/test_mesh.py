@@ -25,6 +25,7 @@ from conftest import QUICK, ROOT, command
 
 import configurator
 import families
+import files
 import train
 from checkpoint import CheckpointManager
 from data.tokens import load_dataset
@@ -302,6 +303,32 @@ def test_a_run_goes_on_in_another_mesh_and_in_one_process_as_it_would_have(datas
     assert middle["seen"] == 10 * 8 and largest_difference(state(out), state(straight)) < 1e-4
     whole, again = (CheckpointManager.load_model(path)[0].state_dict() for path in (straight, out))
     assert largest_difference(whole, again) < 1e-4
+
+
+def test_a_directory_in_shards_is_looked_after_like_any_other(dataset, tmp_path, script):
+    out = tmp_path / "models" / "gpt-47K-tiny-pretrain"
+    started(2, part_of_a_run, 1, *STEPS, f"dataset={dataset}", f"out_dir={out}", "mesh_shape=[[2],['fsdp']]")
+    assert "is sound" in script("checkpoint.py", "verify", out).stdout
+    assert "complete" in script("checkpoint.py", "list", out.parent).stdout
+    assert "last/shard-00001.safetensors" in script("checkpoint.py", "show", out).stdout
+    assert script("checkpoint.py", "deploy", out, tmp_path / "deployed").returncode == 0
+    assert not (tmp_path / "deployed" / "last").exists()
+    assert not any(path.suffix == ".metadata" or path.name == ".metadata" for path in out.rglob("*"))
+
+    damaged = out / "last" / "shard-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert "shard-00001.safetensors is damaged" in script("checkpoint.py", "verify", out).stdout
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged: its sha256"):
+        CheckpointManager.load_training_state(out)
+
+
+def test_an_index_of_shards_that_is_none_is_refused(dataset, tmp_path):
+    out = tmp_path / "x"
+    started(2, part_of_a_run, 1, *STEPS, f"dataset={dataset}", f"out_dir={out}", "mesh_shape=[[2],['fsdp']]")
+    for content in (b"[]", b'{"tensors": {"model.lm_head.weight": {"dtype": "float32", "shape": [1]}}}', b"no JSON"):
+        files.commit(out, {"last/shards.json": lambda file, content=content: file.write(content)}, {})
+        with pytest.raises(ValueError, match=r"shards.json"):
+            CheckpointManager.load_training_state(out)
 
 
 def straight_and_in_two(ranks: Ranks, folder: Path, meshes: tuple[str, ...], *settings: str) -> None:
