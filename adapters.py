@@ -63,8 +63,10 @@ def adapter_files(
     base: str | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool | None = None,
+    fingerprint: str | None = None,
 ) -> dict[str, bytes]:
-    """What `save_adapters` writes, {name: content}.
+    """What `save_adapters` writes, {name: content}. `fingerprint` is what `fingerprint_of` gave, for a model of which
+    the adapter alone is here.
 
     `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out` says
     whether PEFT will meet layers that store (in, out); by default, whether these layers do.
@@ -96,7 +98,7 @@ def adapter_files(
     }
     metadata = {"format": "pt"} | ({RANKS: json.dumps(ranks)} if ranks else {})
     if all(part.weight.is_floating_point() for path in parts for part in layers[path]):  # a quantised base is no base
-        metadata[FINGERPRINT] = base_fingerprint(model, parts)
+        metadata[FINGERPRINT] = fingerprint or base_fingerprint(model, parts)
     tensors = {
         f"{PREFIX}{path}.{key}": tensor.detach()
         for path, part in parts.items()
@@ -184,6 +186,11 @@ def _weight(layers: list[nn.Module]) -> Tensor:
 
 def _commonest(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
+
+
+def fingerprint_of(model: nn.Module, adapter: str | None = None) -> str:
+    """`base_fingerprint` of what the adapter adds to."""
+    return base_fingerprint(model, _fuse(model, lora.adapters_of(model, adapter))[0])
 
 
 @torch.no_grad()

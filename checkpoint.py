@@ -29,6 +29,8 @@ from model_directory import (
     CONFIG,
     HF_WEIGHTS,
     MODEL_ARGS,
+    SHARD,
+    SHARDS,
     STATE,
     TOKENIZER,
     WEIGHTS,
@@ -119,6 +121,8 @@ class CheckpointManager:
         best: bool = True,
         training_state: dict[str, Any] | None = None,
         texts: dict[str, bytes] | None = None,
+        shards: dict[str, dict[str, Any]] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """Save a GPT, all or nothing (files.commit).
 
@@ -130,6 +134,10 @@ class CheckpointManager:
         Raises files.SaveError when the disk refuses; what was saved before is then untouched.
 
         Of a model with an adapter, the adapter alone is saved, and `metadata` needs base, what `base_reference` gave.
+
+        `shards` are the files in which several processes have staged weights and optimizer state: `training_state` is
+        then the rest, and of `model` nothing but what is saved needs numbers; `fingerprint` is then that of the base
+        (adapters.fingerprint_of).
         """
         directory, model = Path(directory), bare(model)
         adapted = bool(names := lora.adapter_names(model))
@@ -165,15 +173,16 @@ class CheckpointManager:
         if adapted:
             about["adapter_parameters"] = sum(tensor.numel() for tensor in own.values())
         if best and adapted:
-            small |= _adapter_files(model, metadata["base"]["given"])
+            small |= _adapter_files(model, metadata["base"]["given"], fingerprint)
         writers = {name: _write_bytes(data) for name, data in small.items()}
         if best and not adapted:
             writers[WEIGHTS] = lambda file: torch.save(common, file)
         if best and not adapted and not why_not:
             writers[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
         if training_state is not None:
-            writers[STATE] = lambda file: torch.save({**common, **training_state}, file)
-        files.commit(directory, writers, about)
+            weights = {"model": {}} if shards else {}
+            writers[STATE] = lambda file: torch.save({**common, **weights, **training_state}, file)
+        files.commit(directory, writers, about, shards, _superseded(directory, shards) if training_state else ())
         files.write_atomic(directory / CARD, model_card(about, arguments).encode())
 
     @staticmethod
@@ -183,21 +192,23 @@ class CheckpointManager:
         apply_lora: bool = False,
         lora_config: dict[str, Any] | None = None,
         base: str | Path | None = None,
+        mapped: bool = False,
     ) -> tuple[GPT, dict[str, Any]]:
         """The best weights of a directory of ours or of Hugging Face's, or of a nanoGPT ckpt.pt, as (model, metadata).
 
         metadata holds model_args, config, iter_num, best_val_loss, directory and export_meta (None for a foreign file).
         With apply_lora, the model is frozen and has a new adapter to train; `lora_config` has LoRAConfig's settings in
         any of its spellings, and `untie` where a tied layer may have one. A LoRA directory gives its base with its
-        adapter; `base` says where that lies now if it was moved. Raises ValueError for a base that is not the one the
-        adapter was trained on.
+        adapter; `base` says where that lies now if it was moved. Weights that are `mapped` stay in their file, in its
+        dtype, until somebody looks at them. Raises ValueError for a base that is not the one the adapter was trained
+        on.
         """
         if lora_config and not apply_lora:
             raise ValueError("lora_config is given, but apply_lora is not true")
         directory, name = _locate(path)
         if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
-        model, checkpoint, marker = _load_of_one_save(directory, name, base, device)
+        model, checkpoint, marker = _load_of_one_save(directory, name, base, device, mapped)
         if apply_lora:
             settings = dict(lora_config or {})
             untie = settings.pop("untie", False)
@@ -217,10 +228,43 @@ class CheckpointManager:
         return model
 
     @staticmethod
-    def load_training_state(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-        """What `save_checkpoint` was given as training_state, with the weights as they were at that step."""
+    def load_training_state(
+        path: str | Path, device: str | torch.device = "cpu", *, in_shares: bool = False
+    ) -> dict[str, Any]:
+        """What `save_checkpoint` was given as training_state, with the weights as they were at that step.
+
+        With `in_shares`, for processes that will hold a part each: tensors stay in a mapped file, and of a state that
+        lies in shards there are none; `shards_of` gives these.
+        """
         directory, _ = _locate(path)
-        return _load(directory, STATE, device)
+        while True:
+            marker = files.read_marker(directory)
+            try:
+                state = _load(directory, STATE, device, mapped=in_shares)
+                if not in_shares and SHARDS in (marker or {"files": {}})["files"]:
+                    _put_together(directory, state, device)
+                if files.read_marker(directory) == marker:
+                    return state
+            except (ValueError, OSError):
+                if files.read_marker(directory) == marker:
+                    raise
+
+    @staticmethod
+    def shards_of(directory: Path, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
+        """The index of a training state in shards, None where it is in one file. Of its files, every `parts`-th from
+        `part` on is compared with its hash. Raises ValueError for a damaged one."""
+        names = sorted(name for name in files.read_marker(directory)["files"] if name.startswith(SHARD.split("{")[0]))
+        for name in names[part::parts]:
+            with files.open_verified(directory, name):
+                pass
+        if SHARDS not in files.read_marker(directory)["files"]:
+            return None
+        with files.open_verified(directory, SHARDS) as file:
+            content = file.read()
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{directory / SHARDS} is no JSON: {error}") from None
 
     @staticmethod
     def base_reference(base: str | Path, directory: str | Path) -> dict[str, str]:
@@ -232,9 +276,10 @@ class CheckpointManager:
 
     @staticmethod
     def load_base(
-        directory: str | Path, base: str | Path | None = None, device: str | torch.device = "cpu"
+        directory: str | Path, base: str | Path | None = None, device: str | torch.device = "cpu", mapped: bool = False
     ) -> tuple[GPT, dict[str, str]]:
-        """The model that a LoRA directory adapts, as the run saw it, and the reference to where it was found.
+        """The model that a LoRA directory adapts, as the run saw it, and the reference to where it was found. `mapped`:
+        see `load_model`.
 
         `base` is where it lies now if it was moved. Raises FileNotFoundError or ValueError, with the path and the hash
         that were expected, if it is not there or is another.
@@ -256,13 +301,13 @@ class CheckpointManager:
                 f"{path} is not the base of {directory}: its sha256 is {found}, and the adapter was trained on "
                 f"{expected} ({about['base']['given']}); if that was moved, --base says where"
             )
-        model, _ = CheckpointManager.load_model(path, device)
+        model, _ = CheckpointManager.load_model(path, device, mapped=mapped)
         reference = CheckpointManager.base_reference(path, directory)
         if reference["sha256"] != expected:
             raise ValueError(f"{path} was saved anew while it was read, and is no longer the base of {directory}")
         with files.open_verified(directory, MODEL_ARGS) as file:
             wanted = GPTConfig(**json.load(file))
-        model = reshaped(model.float(), wanted.block_size, wanted.dropout)
+        model = reshaped(model if mapped else model.float(), wanted.block_size, wanted.dropout)
         # The same weights with another config.json, say with another rope_theta, are another model.
         if changed := [
             f"{key}={vars(model.config)[key]}"
@@ -334,7 +379,7 @@ def _sha256(directory: Path, name: str) -> str:
 
 
 def _load_of_one_save(
-    directory: Path, name: str, base: str | Path | None, device: str | torch.device
+    directory: Path, name: str, base: str | Path | None, device: str | torch.device, mapped: bool
 ) -> tuple[GPT, dict[str, Any], dict[str, Any] | None]:
     """The model, what is saved with it, and the marker that both belong to: a run may save while we read."""
     while True:
@@ -343,10 +388,10 @@ def _load_of_one_save(
             if is_lora(marker):
                 model, checkpoint = _load_adapted(directory, marker, base, device)
             elif name in hub.WEIGHTS:
-                model = families.load_pretrained(directory, device=device)
+                model = families.load_pretrained(directory, device=device, mapped=mapped)
                 checkpoint = {"model_args": model_args(model.config)}
             else:
-                checkpoint = _load(directory, name, device)
+                checkpoint = _load(directory, name, device, mapped)
                 model = build_model(checkpoint, directory / name)
             if files.read_marker(directory) == marker:
                 return model, checkpoint, marker
@@ -392,7 +437,27 @@ def _locate(path: str | Path) -> tuple[Path, str]:
     return directory, name
 
 
-def _load(directory: Path, name: str, device: str | torch.device) -> dict[str, Any]:
+def _superseded(directory: Path, shards: dict[str, Any] | None) -> list[str]:
+    """The files of an earlier training state that a new one has no place for: it had other processes."""
+    there = {path.relative_to(directory).as_posix() for path in (directory / STATE).parent.glob("shard*")}
+    return sorted(there - (shards or {}).keys())
+
+
+def _put_together(directory: Path, state: dict[str, Any], device: str | torch.device) -> None:
+    """The tensors of a training state from their shards."""
+    from state_in_shares import put_together  # torch.distributed.checkpoint takes as long to import as half of torch
+
+    index = CheckpointManager.shards_of(directory)
+    for name, tensor in put_together(index, lambda file: files.find(directory, file)).items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            state["model"][rest] = tensor.to(device)
+        else:
+            number, key = rest.split(".")
+            state["optimizer"]["state"][int(number)][key] = tensor.to(device)
+
+
+def _load(directory: Path, name: str, device: str | torch.device, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint file: verified against the marker, or, where nothing here was written by us, as it is."""
     marker = files.read_marker(directory)
     if marker is None:
@@ -401,23 +466,24 @@ def _load(directory: Path, name: str, device: str | torch.device) -> dict[str, A
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no {name}")
         with open(directory / name, "rb") as file:
-            return read_checkpoint(file, directory / name, device)
+            return read_checkpoint(file, directory / name, device, mapped)
     if name == STATE and name not in marker["files"]:
         raise FileNotFoundError(f"{directory} holds no {STATE}: it can be loaded and fine-tuned, but not resumed")
     with files.open_verified(directory, name) as file:
-        return read_checkpoint(file, directory / name, device)
+        return read_checkpoint(file, directory / name, device, mapped)
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _adapter_files(model: GPT, base: str) -> dict[str, bytes]:
+def _adapter_files(model: GPT, base: str, fingerprint: str | None) -> dict[str, bytes]:
     """The active adapter for PEFT, which looks for `base` where this run did."""
     # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
     folder = Path(base).parent if Path(base).suffix == ".pt" else Path(base)
-    written = adapters.adapter_files(model, base=str(folder), task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    described = {"base": str(folder), "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
+    written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
 
 

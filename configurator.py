@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 from architecture import GPTConfig
 from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
+from mesh import Mesh
 
 
 def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
@@ -145,6 +146,14 @@ class RunConfig:
 
     device: str = setting("auto", "auto (cuda, mps, cpu: the first there is), or cpu, cuda, cuda:1, mps, ...")
     dtype: str = setting("auto", "of matrix products; auto measures on a CPU", ("auto", *PRECISIONS), "warn")
+    mesh_shape: str = setting(
+        "",
+        "how torchrun's processes share the work, as [[2, 2], ['fsdp', 'tp']]: dp replicas, fsdp shards of weights and "
+        "batch, tp shards of heads, MLP and vocabulary; -1: what is left; empty: replicas",
+    )
+    activation_checkpointing: bool = setting(
+        False, "keep only what goes into each block, and compute the rest again in the backward pass: less memory"
+    )
     compile: str = setting("auto", "torch.compile; auto: on CUDA, where it works", ("auto", "true", "false"), "warn")
 
     def problems(self) -> list[str]:
@@ -387,6 +396,8 @@ def _typed(key: str, value: Any) -> Any:
         value = ",".join(map(str, listed)) if isinstance(listed, list | tuple | set) else value
     if kind is str:
         value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
+        if key == "mesh_shape":
+            Mesh.parse(value, processes=1)
         if choices and value not in choices:
             close = difflib.get_close_matches(value, choices, n=1)
             raise ValueError(

@@ -1,24 +1,48 @@
-"""The processes of a run."""
+"""The processes of a run, and what they say to each other."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mesh import AXES, Mesh
+
+FAILED = "nanoforge/failed"  # in the processes' common store: which of them was the first
 
 
 class Ranks:
-    """The processes torchrun started; without torchrun, a group of one, for which every method does nothing."""
+    """The processes torchrun started; without torchrun, a group of one, for which every method does nothing.
+
+    `reader` is which of `readers` shares of the batch a process has. Those of one tp group have the same.
+    """
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.main = self.rank == 0
+        self.mesh, self.reader, self.readers, self.tp_rank = Mesh(dp=self.size), self.rank, self.size, 0
+        self.grid: DeviceMesh | None = None
         if self.size > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(self.local)
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def arrange(self, mesh: Mesh, device_type: str) -> None:
+        """Give every process its place in the mesh, which has as many places as there are processes."""
+        assert mesh.devices == self.size
+        self.mesh, self.readers = mesh, mesh.readers
+        self.reader, self.tp_rank = divmod(self.rank, mesh.tp)
+        if self.size > 1:
+            sizes = tuple(getattr(mesh, axis) for axis in AXES)
+            self.grid = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one in this axis alone."""
+        return self.grid.get_group(axis)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
@@ -38,8 +62,46 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def main_alone(self, work: Callable[[], Any]) -> None:
+        """Let rank 0 do `work` while the others wait. Its ValueError or OSError is everyone's."""
+        error = None
+        try:
+            if self.main:
+                work()
+        except (ValueError, OSError) as problem:
+            error = problem
+        sentence = self.agree(str(error) if error else None)
+        if error:
+            raise error
+        if sentence:
+            raise OSError(sentence)
+
+    def is_first_to_fail(self) -> bool:
+        """Whether it is for this process to say why the run ends: the first that asks, so that only one does.
+
+        It asks before its connections close, so that those who notice these come later.
+        """
+        if self.size == 1:
+            return True
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+        except Exception:  # the store is gone with the process that kept it: rather two messages than none
+            return True
+
+    @property
+    def name(self) -> str:
+        """For a message: which process speaks, where there are several."""
+        return f"rank {self.rank} of {self.size}: " if self.size > 1 else ""
+
     def close(self) -> None:
         """Part in order: a process that ends while another still talks to it aborts that one."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error means that another process has ended, rather than that something is wrong here."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "connection", "peer"))

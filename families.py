@@ -457,16 +457,18 @@ def load_pretrained(
     revision: str | None = None,
     local_files_only: bool = True,
     ignore: Collection[str] = (),
+    mapped: bool = False,
 ) -> GPT:
     """The model in a folder of Hugging Face's format, or of a hub id: from its cache, or downloaded where allowed.
 
-    Tensors are read one at a time, into `dtype` (None: that of the stored embedding) on `device`. `ignore`: see
-    read_config. Raises FileNotFoundError where there is no model, ValueError for one that would not be the same here.
+    Tensors are read one at a time, into `dtype` (None: that of the stored embedding) on `device`; if `mapped`, they
+    stay in their files, as they are there, and what is not looked at is not read. `ignore`: see read_config.
+    Raises FileNotFoundError where there is no model, ValueError for one that would not be the same here.
     """
     folder = find(path_or_hub_id, revision=revision, local_files_only=local_files_only)
     hf = read_json(folder / CONFIG)
     config = read_config(hf, folder / CONFIG, ignore)
-    return load_state(config, family_of(hf, folder)[0], stored_tensors(folder), folder, dtype, device)
+    return load_state(config, family_of(hf, folder)[0], stored_tensors(folder), folder, dtype, device, mapped)
 
 
 def load_state(
@@ -476,6 +478,7 @@ def load_state(
     source: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    mapped: bool = False,
 ) -> GPT:
     """A GPT with the tensors of a file of `family`'s. `source` is for messages. Raises ValueError for a misfit."""
     model = on_meta(config)
@@ -511,7 +514,7 @@ def load_state(
         rows = [shape[0] for shape in parts.values()]
         for ours_name, part in zip(parts, tensor.split(rows), strict=True):
             # Copied, for a mapped file may change under the model, or its disk go.
-            state[ours_name] = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+            state[ours_name] = part if mapped else torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[tokens]
     model.load_state_dict(state, assign=True)

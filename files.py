@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,26 +111,37 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def commit(directory: Path, writers: dict[str, Callable[[HashedFile], None]], meta: dict[str, Any]) -> None:
+def commit(
+    directory: Path,
+    writers: dict[str, Callable[[HashedFile], None]],
+    meta: dict[str, Any],
+    staged: dict[str, dict[str, Any]] | None = None,
+    without: Collection[str] = (),
+) -> None:
     """Write several files and the marker as one: all of them are in force afterwards, or none.
 
-    `writers` maps relative names to functions that fill an open file. Files the marker lists already and `writers` does
-    not name are kept. `meta` is stored in the marker beside the list.
+    `writers` maps relative names to functions that fill an open file, and `staged` names what other processes have
+    staged since the last `recover`, with what `stage` gave for it. Files the marker lists already are kept, but not
+    those of `without`. `meta` is stored in the marker beside the list.
     """
-    recover(directory)
-    entries = dict((read_marker(directory) or {}).get("files", {}))
+    if not staged:
+        recover(directory)
+    entries = {**(read_marker(directory) or {}).get("files", {}), **(staged or {})}
+    entries = {name: entry for name, entry in entries.items() if name not in without}
     try:
         for name, write in writers.items():
             entries[name] = stage(directory / name, write)
         marker = json.dumps({**meta, "files": entries}, indent=2, allow_nan=False).encode()
         stage(directory / PENDING, lambda file: file.write(marker))
     except BaseException:
-        for name in writers:
+        for name in (*writers, *(staged or ())):
             staged_name(directory / name).unlink(missing_ok=True)
         raise
     os.replace(staged_name(directory / PENDING), directory / PENDING)
     sync_directory(directory)
     recover(directory)
+    for name in without:
+        (directory / name).unlink(missing_ok=True)
 
 
 def recover(directory: Path) -> None:

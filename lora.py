@@ -101,6 +101,11 @@ def _become(layer: nn.Module, new_class: type) -> None:
         torch.compiler.reset()  # before 2.13 a compiled model does not look at its modules' classes again
 
 
+def change_class(layer: nn.Module, new_class: type) -> None:
+    """Make a layer one of another class, beneath its adapters if it has some."""
+    _become(layer, _adapted_class(new_class) if isinstance(layer, Adapted) else new_class)
+
+
 def _hang(layer: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(layer, Adapted):
         layer.lora = Adapters()
@@ -346,11 +351,20 @@ def raise_some(what: str, problems: list[str], shown: int = 6) -> None:
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold what is frozen of linear layers in the dtype that their products are computed in: the numbers that autocast
     would make of it at every step, in half the memory. A weight that is shared with another module stays as it is."""
+    for parameter, layer, name in frozen_weights(model):
+        setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+def frozen_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Module, str]]:
+    """What `round_frozen` rounds: (parameter, layer, name there)."""
     ties = _ties(model)
-    for path, layer in model.named_modules():
-        for name, parameter in layer.named_parameters(recurse=False) if isinstance(layer, nn.Linear) else ():
-            if not parameter.requires_grad and path not in ties:
-                setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    return [
+        (parameter, layer, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and path not in ties
+        for name, parameter in layer.named_parameters(recurse=False)
+        if not parameter.requires_grad
+    ]
 
 
 def set_active(model: nn.Module, adapter: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from architecture import ORIGINAL, GPTConfig
 from attention import attend, rope_frequencies, rotate
@@ -75,7 +76,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.config.D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         y = see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))
 
@@ -122,9 +123,12 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x, self.weight)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.plus_one:
-            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
+            return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), self.eps).type_as(x)
+        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).type_as(x)
 
 
 class LlamaAttention(nn.Module):
@@ -195,6 +199,7 @@ class GPT(Generation, nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # each block's activations in the backward pass, instead of holding them
         tokens = nn.Embedding(config.vocab_size, config.n_embd)
         if config.block == "gpt2":
             self.transformer = nn.ModuleDict(
@@ -292,7 +297,8 @@ class GPT(Generation, nn.Module):
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = block(x, now)
+            kept = not (self.recompute and torch.is_grad_enabled())
+            x = block(x, now) if kept else checkpoint(block, x, now, use_reentrant=False)
         x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -300,6 +306,10 @@ class GPT(Generation, nn.Module):
             cache.length += T
         if targets is None:
             return self.project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
+        return self.loss(x, targets, only_loss)
+
+    def loss(self, x: Tensor, targets: Tensor, only_loss: bool) -> tuple[Tensor | None, Tensor]:
+        """(logits or None, loss) for hidden states (B, T, C) behind the final norm."""
         if only_loss and (loss := self._fused_loss(x, targets)) is not None:
             return None, loss
         logits = self.project(x)
@@ -314,8 +324,7 @@ class GPT(Generation, nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, C), behind the final norm, to logits (B, T, V)."""
-        logits, cap = self.lm_head(x), self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits_of(self.lm_head(x), self.config.logit_softcap)
 
     def _fused_loss(self, x: Tensor, targets: Tensor) -> Tensor | None:
         """The loss without logits, or None where that is not faster (loss.py) or the head is more than a product."""
@@ -377,6 +386,10 @@ class GPT(Generation, nn.Module):
         """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
         scaling = self.config.rope_scaling or {}
         return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
+
+
+def logits_of(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:

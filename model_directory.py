@@ -19,6 +19,7 @@ from naming import ModelName
 
 WEIGHTS = "ckpt.pt"
 STATE = "last/state.pt"
+SHARDS, SHARD = "last/shards.json", "last/shard-{:05d}.safetensors"  # of a run of several processes
 ADAPTERS = "adapters"
 ADAPTER_CONFIG = f"{ADAPTERS}/adapter_config.json"  # these two are named by PEFT
 ADAPTER_WEIGHTS = f"{ADAPTERS}/adapter_model.safetensors"

@@ -19,6 +19,7 @@ from checkpoint import CheckpointManager
 from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
 from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
 from distributed import Ranks
+from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, on_meta
 from model_directory import LOG, METRICS, read_about
 from naming import ModelName, size_label
@@ -39,7 +40,7 @@ class Start:
     config: RunConfig
     dataset: Dataset
     directory: Path
-    model: GPT
+    model: GPT  # its numbers may be on the meta device, or in a mapped file, where several processes will share them
     state: dict[str, Any] | None = None
     base: dict[str, str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -60,7 +61,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     if config.lora:
         expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
     if config.init_from != "scratch":
-        model, stored = base_model(config, given), CheckpointManager.find_tokenizer(config.init_from)
+        model, stored = base_model(config, given, ranks.size > 1), CheckpointManager.find_tokenizer(config.init_from)
     dataset = find_dataset(config.dataset, ranks, stored)
     architecture = model.config if model else config.model_config(_vocab_size(config, dataset))
     name = conventional_name(architecture, config)
@@ -84,7 +85,11 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
     trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
-    problems += rank_problems(config, ranks) + occupied(directory) + disk_problems(directory, trainable, config.lora)
+    problems += (
+        rank_problems(config, architecture, ranks)
+        + occupied(directory)
+        + disk_problems(directory, trainable, config.lora)
+    )
     _raise_all(problems)
     if config.lora:
         base = CheckpointManager.base_reference(config.init_from, directory) | {"given": called}
@@ -92,7 +97,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
     config = config.resolved(architecture, out_dir=str(directory), block_size=length)
     if model is None:
-        model = GPT(architecture)
+        with torch.device("cpu" if ranks.main else "meta"):  # rank 0 shares out what it draws
+            model = GPT(architecture)
         if config.zero_init:
             start_branches_at_zero(model)
     return Start(config, dataset, directory, model, None, base, notes)
@@ -115,8 +121,11 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     else:
         vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
         directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
-    state = CheckpointManager.load_training_state(directory)
+    state = CheckpointManager.load_training_state(directory, in_shares=ranks.size > 1)
     config, notes, problems = merge_resumed(config, given, state["config"])
+    if "mesh_shape" not in given and Mesh.parse(config.mesh_shape, ranks.size).devices != ranks.size:
+        notes.append(f"mesh_shape was {config.mesh_shape} in the saved run, which is not for {ranks.size} process(es)")
+        config = replace(config, mesh_shape="")
     dataset = find_dataset(config.dataset, ranks, CheckpointManager.find_tokenizer(directory))
     saved = state["dataset"]
     if saved["fingerprint"] != dataset.fingerprint:
@@ -126,30 +135,35 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             "another --out_dir starts a new run from its weights"
         )
     architecture = GPTConfig(**{**state["model_args"], "dropout": config.dropout})
-    trained = sum(tensor.numel() for tensor in state["model"].values())
-    problems += rank_problems(config, ranks) + disk_problems(directory, trained, config.lora)
+    trained = sum(tensor.numel() for tensor in state["model"].values()) or count_parameters(architecture)
+    problems += rank_problems(config, architecture, ranks) + disk_problems(directory, trained, config.lora)
     if config.base and not config.lora:
         problems.append(f"base={config.base}, but {directory} is no LoRA run")
     _raise_all(problems)
     base = None
     if config.lora:
-        model, base = CheckpointManager.load_base(directory, config.base or None)
+        model, base = CheckpointManager.load_base(directory, config.base or None, mapped=ranks.size > 1)
         model = reshaped(model, dropout=architecture.dropout)
         notes += adapt(model, config)
-        lora.load_lora_state_dict(model, state["model"])
+        if state["model"]:
+            lora.load_lora_state_dict(model, state["model"])
         config = replace(config, base="")
-    else:
+    elif state["model"]:
         model = build_model({**state, "model_args": asdict(architecture)}, directory)
-    if len(state["generators"]) != ranks.size:
+    else:  # it lies in shards, and the trainer fills it from there
+        with torch.device("meta"):
+            model = GPT(architecture)
+    if len(state["generators"]) != (readers := Mesh.parse(config.mesh_shape, ranks.size).readers):
         notes.append(
-            f"{len(state['generators'])} process(es) saved this run and {ranks.size} go on: dropout draws differ"
+            f"{len(state['generators'])} process(es) divided the batch of this run, and now {readers}: dropout draws "
+            "differ"
         )
     return Start(replace(config, out_dir=str(directory)), dataset, directory, model, state, base, notes)
 
 
 def adapt(model: GPT, config: RunConfig) -> list[str]:
     """Give the model its adapters, and say what matched. Raises ValueError if something named does not."""
-    report = lora.apply_lora(model, config.lora_config(), untie=config.lora_untie)
+    report = lora.apply_lora(model, config.lora_config(), dtype=torch.float32, untie=config.lora_untie)
     counts = Counter(re.sub(r".*\b(h|layers)\.\d+\.", "", path) for path in report.matched)
     layers = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
     share = f"{report.trainable:,} of {report.total:,} parameters train"
@@ -205,13 +219,15 @@ def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
     return config.vocab_size or dataset.vocab_size
 
 
-def base_model(config: RunConfig, given: dict[str, str]) -> GPT:
+def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -> GPT:
     """The model of `init_from`, with this run's dropout and, where a shorter one is asked for, its block_size.
 
+    If it is `mapped`, weights stay in their file for now, in its dtype.
     Raises ValueError where the settings contradict it.
     """
     source = Path(config.init_from)
-    model = CheckpointManager.load_model(source)[0].float()  # half-precision weights would not learn small steps
+    model = CheckpointManager.load_model(source, mapped=mapped)[0]
+    model = model if mapped else model.float()  # half-precision weights would not learn small steps
     if lora.adapter_names(model):
         raise ValueError(f"{source} is a LoRA directory: merge it first (python merge_lora.py {source})")
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
@@ -272,10 +288,12 @@ def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[lis
     return ([sentence], []) if directory.resolve().parent.name == "models" else ([], [sentence])
 
 
-def rank_problems(config: RunConfig, ranks: Ranks) -> list[str]:
-    steps = config.micro_batches
-    name = "lora_one_micro_batch: 1" if config.lora_one_micro_batch else f"gradient_accumulation_steps={steps}"
-    return [f"{name} must be a multiple of the {ranks.size} processes"] if steps % ranks.size else []
+def rank_problems(config: RunConfig, architecture: GPTConfig, ranks: Ranks) -> list[str]:
+    mesh = Mesh.parse(config.mesh_shape, ranks.size)
+    problems = mesh_problems(mesh, ranks.size, architecture, config.micro_batches, config.lora_one_micro_batch)
+    if config.optimizer == "muon" and ranks.size > 1:
+        problems.append(f"optimizer=muon needs whole matrices, so it is for one process, and there are {ranks.size}")
+    return problems
 
 
 def occupied(directory: Path) -> list[str]:

@@ -33,8 +33,9 @@ from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
-from distributed import Ranks
+from distributed import Ranks, is_lost_contact
 from logbook import Logbook, duration, plot_loss, read_metrics
+from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
 from optimizer import build_optimizer, set_rate
 from preflight import Start, check_unchanged, prepare_start
@@ -46,8 +47,8 @@ GATHERED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C tha
 class StopSignal:
     """Remembers SIGINT, SIGTERM or SIGHUP for the loop to act on between two steps; a second one ends it at once."""
 
-    def __init__(self):
-        self.number, self.since = 0, 0.0
+    def __init__(self, speak: bool = True):
+        self.number, self.since, self.speak = 0, 0.0, speak
 
     def __enter__(self) -> "StopSignal":
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -63,7 +64,8 @@ class StopSignal:
         now = time.monotonic()
         if not self.number:
             self.number, self.since = number, now
-            os.write(2, b"\nstopping after this step; once more to leave at once, with the last save intact\n")
+            if self.speak:
+                os.write(2, b"\nstopping after this step; once more to leave at once, with the last save intact\n")
         elif now - self.since > GATHERED_SIGNAL_SECONDS:
             os._exit(128 + number)
 
@@ -92,11 +94,19 @@ class Trainer:
         self.log = Logbook(self.directory, speak=ranks.main)
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
-        self.raw_model = start.model.to(device)
-        if lora.adapter_names(self.raw_model) and config.dtype == "bfloat16":
-            lora.round_frozen(self.raw_model, torch.bfloat16)
+        self.raw_model, self.parameters, self.shares = start.model, start.model.num_params(), None
+        if ranks.size > 1:
+            from shares import Shares  # FSDP2 and DCP take half a second to import, which one process can do without
+
+            drawn = start.state is None and config.init_from == "scratch"
+            self.shares = Shares(self.raw_model, ranks, device, config, drawn)
+        else:
+            self.raw_model.to(device)
+            if lora.adapter_names(self.raw_model) and config.dtype == "bfloat16":
+                lora.round_frozen(self.raw_model, torch.bfloat16)
+        self.raw_model.recompute = config.activation_checkpointing
         self.block_size = config.block_size
-        self.micro_steps = config.micro_batches // ranks.size
+        self.micro_steps = config.micro_batches // ranks.readers
         self.samples_per_step = config.batch_size * config.micro_batches
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
         # A run compares its evaluations, so it keeps their sequences when a resume changes batch_size.
@@ -114,14 +124,12 @@ class Trainer:
         self.iter_num, self.samples_seen = 0, 0
         self.evaluated_at, self.saved_at = None, None  # iterations of the last evaluation and save
         self.best_val_loss, self.best = math.inf, {}  # best: iteration and metrics of what ckpt.pt holds
-        torch.manual_seed(config.seed + ranks.rank)
+        torch.manual_seed(config.seed + ranks.reader)
         if start.state is not None:
             self._restore(start.state)
         self.log.rewind(self.iter_num if start.state is not None else -1)
-        self.model = torch.compile(self.raw_model) if config.compile == "true" else self.raw_model
-        if ranks.size > 1:
-            local = [ranks.local] if device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=local)
+        whole = config.compile == "true" and not self.shares  # of shares, each block is compiled
+        self.model = torch.compile(self.raw_model) if whole else self.raw_model
 
     # ---- the loop
 
@@ -151,18 +159,23 @@ class Trainer:
         config, rate = self.config, learning_rate(self.iter_num, self.config)
         set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
-        first = self.samples_seen + self.ranks.rank * self.micro_steps * config.batch_size
+        first = self.samples_seen + self.ranks.reader * self.micro_steps * config.batch_size
         for micro in range(self.micro_steps):
             x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
-            last = micro == self.micro_steps - 1
-            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
-                with autocast(self.device, config.dtype):
-                    _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
-                self.scaler.scale(loss / self.micro_steps).backward()
+            if self.shares:
+                self.raw_model.set_requires_gradient_sync(micro == self.micro_steps - 1)
+            with autocast(self.device, config.dtype):
+                _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
+            self.scaler.scale(loss / self.micro_steps).backward()
             total += loss.detach() / self.micro_steps
         loss = self.ranks.sum(total).item() / self.ranks.size
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), config.grad_clip or math.inf).item()
+        largest = config.grad_clip or math.inf
+        if self.shares:
+            self.shares.agree_on_overflow(self.scaler, self.optimizer)
+            norm = self.shares.clip_gradients(largest)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), largest).item()
         # float16's scaler meets infinite gradients as a matter of course: it skips the step and lowers its scale.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._not_finite(f"the loss is {loss} and the gradient's norm {norm}", rate)
@@ -185,13 +198,16 @@ class Trainer:
         result = {}
         for split, batches in self.evaluation.items():
             total = 0.0
-            for i in range(self.ranks.rank, len(batches), self.ranks.size):
-                x, y = sequences(getattr(self.dataset, split), batches[i], self.block_size)
+            for first in range(0, len(batches), self.ranks.readers):
+                i = first + self.ranks.reader
+                batch = batches[min(i, len(batches) - 1)]  # who has none left computes along, for the others wait
+                x, y = sequences(getattr(self.dataset, split), batch, self.block_size)
                 with torch.no_grad(), autocast(self.device, self.config.dtype):
                     _, loss = self.raw_model(x.to(self.device), y.to(self.device), only_loss=True)
-                total += loss.item() * len(batches[i])  # the last batch may be smaller
+                total += loss.item() * len(batch) * (i < len(batches))  # the last batch may be smaller
                 self.log.progress(f"evaluating {split} {i + 1}/{len(batches)}")
-            result[f"{split}_loss"] = sum(self.ranks.gather(total)) / sum(map(len, batches))
+            readers = self.ranks.gather(total)[:: self.ranks.mesh.tp]
+            result[f"{split}_loss"] = sum(readers) / sum(map(len, batches))
         self.raw_model.train()
         if self.dataset.bytes_per_token:
             result["val_bits_per_byte"] = result["val_loss"] / math.log(2) / self.dataset.bytes_per_token
@@ -218,13 +234,20 @@ class Trainer:
     # ---- state
 
     def save(self, best: bool) -> None:
-        """Write the directory: always last/state.pt; with `best`, the model too. Collective: every rank calls it."""
-        if not all(torch.isfinite(p).all() for p in self.raw_model.parameters()):
+        """Write the directory: always last/; with `best`, the model too. Collective: every rank calls it."""
+        weights = self.raw_model.parameters()
+        if not (self.shares.are_finite() if self.shares else all(torch.isfinite(p).all() for p in weights)):
             raise self._not_finite("the weights are not finite", learning_rate(self.iter_num, self.config))
-        generators = self.ranks.gather(self._generators())
+        generators = self.ranks.gather(self._generators())[:: self.ranks.mesh.tp]
+        shards = self.shares.stage(self.directory, self.optimizer) if self.shares else None
+        self.ranks.main_alone(lambda: self._write(best, generators, shards))
         self.saved_at, self.last_save = self.iter_num, time.monotonic()
-        if not self.ranks.main:
-            return
+
+    def _write(self, best: bool, generators: list[dict[str, Tensor]], shards: dict[str, Any] | None) -> None:
+        model, optimizer, fingerprint = self.raw_model, self.optimizer.state_dict(), None
+        if self.shares:
+            model, fingerprint = self.shares.consolidated(self.directory, filled=best), self.shares.fingerprint
+            optimizer = self.shares.light(optimizer)
         metadata = {
             "config": asdict(self.config),
             "iter_num": self.iter_num,
@@ -240,7 +263,7 @@ class Trainer:
             "best": self.best,
         } | ({"base": self.base} if self.base else {})
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "generators": generators,
             "samples_seen": self.samples_seen,
@@ -251,20 +274,30 @@ class Trainer:
         }
         texts = {TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {}
         CheckpointManager.save_checkpoint(
-            self.raw_model, self.directory, metadata, best=best, training_state=state, texts=texts
+            model,
+            self.directory,
+            metadata,
+            best=best,
+            training_state=state,
+            texts=texts,
+            shards=shards,
+            fingerprint=fingerprint,
         )
         plot = plot_loss(read_metrics(self.directory), self.directory.resolve().name)
         files.write_atomic(self.directory / PLOT, plot)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.shares:
+            self.shares.restore(self.optimizer, state, self.directory)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # else the run had, or now has, another dtype
             self.scaler.load_state_dict(state["scaler"])
         self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
         self.best_val_loss, self.evaluated_at = state["best_val_loss"], state["evaluated_at"]
         self.best, self.saved_at = state["best"], state["iter_num"]
-        if self.ranks.rank < len(state["generators"]):
-            own = state["generators"][self.ranks.rank]
+        if self.ranks.reader < len(state["generators"]):
+            own = state["generators"][self.ranks.reader]
             torch.set_rng_state(own["cpu"])
             if self.device.type == "cuda" and own["cuda"] is not None:
                 torch.cuda.set_rng_state(own["cuda"], self.device)
@@ -295,7 +328,7 @@ class Trainer:
 
     def _show_sample(self) -> None:
         """A few lines of text from the model as it is, drawn from a generator of their own."""
-        if not self.config.sample_tokens or self.tokenizer is None or not self.ranks.main:
+        if not self.config.sample_tokens or self.tokenizer is None:
             return
         prompt = torch.full((1, 1), self.tokenizer.eot, device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -304,11 +337,13 @@ class Trainer:
                 prompt,
                 self.config.sample_tokens,
                 top_k=50,
-                stop_tokens=self.tokenizer.stops,
+                # Ranks that have shares compute each token together, so none may end before the others.
+                stop_tokens=() if self.shares else self.tokenizer.stops,
                 vocab_size=self.tokenizer.vocab_size,
                 generator=generator,
-            )
-        text = " ".join(self.tokenizer.decode(ids[0, 1:].tolist()).replace("<|endoftext|>", "").split())
+            )[0, 1:].tolist()
+        end = next((i for i, token in enumerate(ids) if token in self.tokenizer.stops), len(ids))
+        text = " ".join(self.tokenizer.decode(ids[:end]).replace("<|endoftext|>", "").split())
         self.log.say(f"  sample: {text or '(end of text at once)'}")
 
     def _agree_on_stop(self, stop: StopSignal) -> tuple[int, bool]:
@@ -340,11 +375,15 @@ def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
     """
     keep_freed_memory()
     device = pick_device(start.config.device, ranks.local)
+    ranks.arrange(Mesh.parse(start.config.mesh_shape, ranks.size), device.type)
     dtype, why_dtype = ranks.agree(pick_dtype(start.config.dtype, device))
     compiled, why_compile = ranks.agree(pick_compile(start.config.compile, device))
     start.config = replace(start.config, dtype=dtype, compile=str(compiled).lower())
+    if dtype == "float16" and ranks.mesh.tp > 1:
+        raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): bfloat16 and float32 are not")
+    places = f": mesh_shape {ranks.mesh}" if ranks.size > 1 else ""
     return Trainer(start, device, ranks), [
-        f"device {device} ({torch.get_num_threads()} threads), {ranks.size} process(es)",
+        f"device {device} ({torch.get_num_threads()} threads), {ranks.size} process(es){places}",
         f"dtype {dtype}: {why_dtype}",
         f"compile {start.config.compile}: {why_compile}",
     ]
@@ -356,13 +395,17 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     tokens = trainer.samples_per_step * trainer.block_size
     synthetic = " (synthetic text)" if dataset.meta.get("synthetic") else ""
     base = f", adapters included; the base is {trainer.base['given']}" if trainer.base else ""
-    count = trainer.raw_model.num_params()
-    log.say(f"{trainer.directory}: {count:,} parameters, block_size {trainer.block_size}{base}")
+    log.say(f"{trainer.directory}: {trainer.parameters:,} parameters, block_size {trainer.block_size}{base}")
     log.say(
         f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
     )
     epochs = config.max_iters * tokens / len(dataset.train)
-    log.say(f"{tokens:,} tokens a step; {config.max_iters:,} steps are {epochs:.2f} epochs")
+    readers = trainer.ranks.readers
+    divided = f", divided among {readers} processes" if readers > 1 else ""
+    log.say(
+        f"{tokens:,} tokens a step, {config.micro_batches} micro-batches of {config.batch_size} sequences{divided}; "
+        f"{config.max_iters:,} steps are {epochs:.2f} epochs"
+    )
     for note in notes:
         log.say(note)
     if trainer.iter_num:
@@ -379,15 +422,12 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     )
 
 
-def train(config: RunConfig, given: dict[str, str]) -> int:
+def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
     """Run train.py with what `configurator.load` gave; the exit code: 0, or 128 + the signal that stopped it."""
-    ranks = Ranks()
     start = prepare_start(config, given, ranks)
     pick_device(start.config.device, ranks.local)  # before anything is written
-    with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal() as stop:
-        if ranks.main:
-            check_unchanged(start)
-            files.recover(start.directory)
+    with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal(ranks.main) as stop:
+        ranks.main_alone(lambda: (check_unchanged(start), files.recover(start.directory)))
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)
@@ -407,10 +447,21 @@ def train(config: RunConfig, given: dict[str, str]) -> int:
 
 
 def main(config: RunConfig, given: dict[str, str]) -> int:
+    ranks = None
     try:
-        return train(config, given)
+        ranks = Ranks()
+        return train(config, given, ranks)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if ranks is None or ranks.is_first_to_fail():
+            print(f"train.py: {ranks.name if ranks else ''}{error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if ranks is None or ranks.size == 1:
+            raise
+        if ranks.is_first_to_fail():
+            if not is_lost_contact(error):
+                raise
+            print(f"train.py: {ranks.name}another process has ended; what was saved before is intact", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: interrupted before training began; nothing was written", file=sys.stderr)

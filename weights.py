@@ -10,11 +10,11 @@ from torch import Tensor
 from model import GPT, GPTConfig, on_meta
 
 
-def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device) -> dict[str, Any]:
-    """The content of an open checkpoint file, ours or nanoGPT's; `path` is for messages. Raises ValueError for anything
-    that is more than tensors and builtins, or no GPT's."""
+def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device, mapped: bool = False) -> dict[str, Any]:
+    """The content of an open checkpoint file, ours or nanoGPT's; `path` is for messages. `mapped`: what is not looked
+    at is not read. Raises ValueError for anything that is more than tensors and builtins, or no GPT's."""
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = torch.load(file.name if mapped else file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch has no common base for what a broken or hostile file raises
         reason = (
             "it would run code when opened, or is no checkpoint"

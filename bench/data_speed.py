@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import numpy as np
 
-from bench.train_speed import machine
+from bench.speed import machine
 from data.docstrings import from_docstrings
 from data.format import SPLITS, sha256_of
 from data.preparation import Recipe, parse, prepare

@@ -11,7 +11,6 @@ themselves. docs/memory.md has measured peaks beside the sum. It is that of eage
 default on a GPU, saves of it is not counted.
 """
 
-import ast
 import math
 import os
 import re
@@ -26,6 +25,7 @@ import loss
 from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
+from mesh import Mesh, tp_misfits
 from model import GPT, GPTConfig, KVCache, on_meta
 from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
 from registry.heap import heap_peak
@@ -46,7 +46,8 @@ from registry.skeleton import skeleton
 
 GB = 10**9
 CARDS = (11, 24, 48, 80, 141)  # GB
-AXES = ("dp", "fsdp", "tp")
+
+ALONE = Mesh()
 
 PROCESS = 380 * 10**6  # what a process holds that has imported train.py and trained a tiny model; measured
 CONTEXT = 600 * 10**6  # what CUDA and its libraries take of a card; assumed, for want of a card to measure it on
@@ -77,73 +78,22 @@ class Estimate:
         return next(item.size for item in self.items if item.name == name)
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """Devices in a grid. `batch_size` is that of them all.
+def share_of_model(config: GPTConfig, mesh: Mesh) -> GPTConfig:
+    """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it.
 
-    dp: each holds the whole model, and its share of the batch. torchrun's processes are these; DistributedDataParallel
-        keeps every gradient twice, in .grad and in a bucket.
-    fsdp: each has its share of the batch, and of every weight, gradient and moment. Of the weights in use, two layers'
-        are gathered at a time, one that computes and one that is fetched, in the dtype of the products.
-    tp: each computes a share of the heads, of the MLP's width and of the vocabulary, with that share of the weights;
-        norms and what flows between blocks are the same on all. A key and value head that is too few is on several.
+    A key and value head that is too few is on several devices.
     """
-
-    dp: int = 1
-    fsdp: int = 1
-    tp: int = 1
-
-    @classmethod
-    def parse(cls, shape: Sequence | str | None) -> "Mesh":
-        """From [[sizes], [names]]. Raises ValueError for anything else, and for an axis that is none of AXES."""
-        if shape is None:
-            return cls()
-        try:
-            sizes, names = ast.literal_eval(shape) if isinstance(shape, str) else shape
-            pairs = list(zip(sizes, names, strict=True))
-        except (ValueError, TypeError, SyntaxError):
-            raise ValueError(f"mesh_shape={shape} must be [[sizes], [names]], as [[2, 2], ['fsdp', 'tp']]") from None
-        problems = [f"axis {name!r} is none of {', '.join(AXES)}" for _, name in pairs if name not in AXES]
-        problems += [
-            f"{name}={size!r} must be a whole number above 0"
-            for size, name in pairs
-            if type(size) is not int or size < 1
-        ]
-        if len(set(map(str, names))) < len(pairs):
-            problems.append("every axis can be there once")
-        if problems:
-            raise ValueError(f"mesh_shape={shape}: {'; '.join(problems)}")
-        return cls(**{name: size for size, name in pairs})
-
-    @property
-    def devices(self) -> int:
-        return self.dp * self.fsdp * self.tp
-
-    @property
-    def readers(self) -> int:
-        """Among how many a batch is divided."""
-        return self.dp * self.fsdp
-
-    def own(self, config: GPTConfig) -> GPTConfig:
-        """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it."""
-        if self.tp == 1:
-            return config
-        if config.block == "gpt2":
-            raise ValueError(
-                f"tp={self.tp} is for llama blocks; GPT-2's fused projection of queries, keys and values has one size"
-            )
-        kv = config.kv_heads // self.tp if config.kv_heads % self.tp == 0 else 1
-        problems = [
-            f"tp={self.tp} does not divide {name}={size}"
-            for name, size in (("n_head", config.n_head), ("n_inner", config.inner))
-            if size % self.tp
-        ]
-        if kv == 1 and self.tp % config.kv_heads:
-            problems.append(f"tp={self.tp} and n_kv_head={config.kv_heads}: one must divide the other")
-        if problems:
-            raise ValueError("; ".join(problems))
-        shares = {"n_head": config.n_head // self.tp, "n_kv_head": kv, "n_inner": config.inner // self.tp}
-        return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / self.tp), **shares)
+    if mesh.tp == 1:
+        return config
+    if config.block == "gpt2":
+        raise ValueError(
+            f"tp={mesh.tp} is counted for llama blocks; a share of GPT-2's fused queries, keys and values is no model"
+        )
+    if misfits := tp_misfits(mesh.tp, config):
+        raise ValueError(f"tp={mesh.tp} {' and '.join(misfits)}")
+    kv = config.kv_heads // mesh.tp if config.kv_heads % mesh.tp == 0 else 1
+    shares = {"n_head": config.n_head // mesh.tp, "n_kv_head": kv, "n_inner": config.inner // mesh.tp}
+    return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / mesh.tp), **shares)
 
 
 @dataclass(frozen=True)
@@ -154,7 +104,7 @@ class Plan:
     lora: LoRAConfig | None = None
     block_size: int = LONGEST_UNASKED  # tokens of a sequence
     dtype: str = "bfloat16"  # of matrix products while training, of the weights while generating
-    mesh: Mesh = Mesh()
+    mesh: Mesh = ALONE
     gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps
     generate: bool = False
     cuda: bool = True  # a card; else a process on a CPU, with its heap
@@ -171,7 +121,7 @@ class Plan:
 
     def rehearse(self, sequences: int) -> Rehearsal:
         """With so many sequences on this device."""
-        config = self.mesh.own(self.config)
+        config = share_of_model(self.config, self.mesh)
         if config.block == "gpt2":  # its learned positions are cut to the sequences, as train.py does
             config = replace(config, block_size=self.block_size)
         arguments = (config, self.lora, sequences, self.block_size, self.dtype)
@@ -195,7 +145,7 @@ def estimate(
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
     `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
-    [[sizes], [names]] with the axes of `Mesh`, and `dtype` one of PRECISION_SPELLINGS. Not `cuda`: a process on a CPU.
+    [[sizes], [names]] with the axes of mesh.py, and `dtype` one of PRECISION_SPELLINGS. Not `cuda`: a process on a CPU.
     Raises ValueError for what cannot be.
     """
     if dtype not in PRECISION_SPELLINGS:
@@ -214,7 +164,7 @@ def share_of_batch(batch_size: int, mesh: Mesh) -> int:
 def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Estimate:
     """The estimate that follows from a rehearsal. `holes`: see `heap_holes`, which is asked where it is not given."""
     mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
-    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.fsdp > 1 else {})
+    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.readers > 1 else {})
     found = rehearsal.peak(shares)
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
     adapters = f", {trained:,} of them adapters'" if plan.lora else ""
@@ -226,21 +176,16 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
         GRADIENTS: f"4 bytes x {trained:,}{divided}, and those that are about to be added",
         OPTIMIZER: f"AdamW's two moments: 8 bytes x {trained:,}{divided}",
         ACTIVATIONS: f"what {plan.config.n_layer} layers keep for the backward pass, and the moment's own buffers",
-        LOGITS: f"{mesh.own(plan.config).vocab_size:,} numbers a token, and what the loss makes of them",
+        LOGITS: f"{share_of_model(plan.config, mesh).vocab_size:,} numbers a token, and what the loss makes of them",
         CACHE: f"keys and values of {plan.config.n_layer} layers for {plan.block_size:,} tokens a sequence",
     }
     if plan.generate:
         sources |= {LOGITS: "of each sequence's last token", ACTIVATIONS: "a layer that reads the prompt"}
     items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{each} x {whole:,}{adapters}{divided}")]
     items += [Item(kind, found[kind], source) for kind, source in sources.items() if found[kind]]
-    if mesh.fsdp > 1:
-        items.append(
-            Item("gathered", _gathered(plan), "the weights of two layers, and in full training one's gradients")
-        )
-    if mesh.dp > 1 and not plan.generate:
-        items.append(
-            Item("buckets", 4 * trained // mesh.fsdp, f"DistributedDataParallel's: 4 bytes x {trained:,}{divided}")
-        )
+    if gathered := _gathered(plan):
+        source = "weights of two blocks and of what is outside them, and in full training a layer's gradients"
+        items.append(Item("gathered", gathered, source))
     counted = sum(item.size for item in items)
     if plan.cuda:
         source = f"{CONTEXT / GB} GB for CUDA itself, and {ROUNDING:.0%} lost between buffers; assumed, not measured"
@@ -258,11 +203,17 @@ def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
 
 
 def _gathered(plan: Plan) -> int:
-    model = on_meta(plan.mesh.own(plan.config))
-    layers = [*model.blocks, model.embedding]
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    """Where several processes divide the batch (parallel.py): the weights in use, in the dtype of the products, unless
+    they are there as they are; and the gradients that are being summed, in float32."""
+    if plan.mesh.readers == 1:
+        return 0
+    model = on_meta(share_of_model(plan.config, plan.mesh))
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    outside = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block
+    copied = plan.mesh.fsdp > 1 or plan.dtype == "bfloat16"
     trains = not (plan.lora or plan.generate)
-    return largest * (2 * DTYPES[plan.dtype].itemsize + (4 if trains else 0))
+    weights = (2 * block + outside) * DTYPES[plan.dtype].itemsize if copied else 0
+    return weights + (4 * max(block, outside) if trains else 0)
 
 
 class Fitting:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -12,12 +13,12 @@ import torch
 from conftest import documents
 
 import configurator
-from bench import data_speed, train_speed
+from bench import contenders, data_speed, speed
 from lora import LoRAConfig
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, train_bpe
 
-LORA = LoRAConfig(rank=3, targets=train_speed.LORA_TARGETS)
+LORA = LoRAConfig(rank=3, targets=contenders.LORA_TARGETS)
 TINY = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=32", "vocab_size=500", "batch_size=2")
 
 
@@ -29,36 +30,43 @@ def config():
 @pytest.mark.slow
 def test_the_script_measures_every_contender_and_finds_that_they_compute_the_same(script, tmp_path):
     result = tmp_path / "result.json"
-    options = [f"--{setting}" for setting in (*TINY, "rank=4", "rounds=1", "steps=1")]
-    done = script("bench/train_speed.py", *options, f"--json={result}", cwd=tmp_path)
+    names = [name for name in contenders.CONTENDERS if "compile" not in name]  # takes the compiler ten seconds
+    settings = (*TINY, "rank=4", "rounds=1", "steps=1", "new_tokens=10", f"contenders={','.join(names)}")
+    options = [f"--{setting}" for setting in settings]
+    done = script("bench/speed.py", *options, f"--json={result}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "LoRA trains 2,816 parameters: rank 4, alpha 8, on c_attn and c_proj\n" in done.stdout
-    assert "8 turns of 1 + 1 steps, about 0:" in done.stdout
-    assert "agree, within rounding" in done.stdout
-    full, lora = (tabulated(part) for part in done.stdout.split("\nLoRA:\n"))
-    assert [row[0] for row in full] == ["transformers-fp32", "transformers-bf16", "ours-fp32", "ours"]
+    assert f"{len(names)} turns of 1 + 1 steps or texts, about " in done.stdout
+    assert "agree, within rounding" in done.stdout and "ours-lora / peft-bf16: " in done.stdout
+    full, lora, generation = (tabulated(part) for part in re.split(r"\n(?:LoRA|generation):\n", done.stdout))
+    assert [row[0] for row in full] == ["nanogpt", "transformers-fp32", "transformers-bf16", "ours-fp32", "ours"]
     assert [row[0] for row in lora] == ["peft-fp32", "peft-bf16", "ours-lora-fp32", "ours-lora"]
-    assert full[0][4:6] == lora[0][4:6] == ["1.00", "1.00 - 1.00"]
+    assert [row[0] for row in generation] == names[9:-1]
+    assert full[0][4:6] == lora[0][4:6] == generation[0][4:6] == ["1.00", "1.00 - 1.00"]
+    assert all(0 < float(row[6]) for row in (*full, *lora, *generation)), "without a share of the limit"
 
     written = json.loads(result.read_text())
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["cpu"]
     assert written["config"]["n_embd"] == 32 and written["config"]["batch_size"] == 2
     assert written["lora"]["rank"] == 4
-    assert list(written["contenders"]) == ["full training", "LoRA"]
+    assert list(written["contenders"]) == ["full training", "LoRA", "generation"]
+    assert written["limits"][0]["products"]["float32"] > 0 and written["limits"][0]["reading"] > 0
     rows = [row for group in written["contenders"].values() for row in group]
     dtypes = {row["contender"]: row["dtype"] for row in rows}
     assert dtypes.pop("ours") in ("float32", "bfloat16")
     assert dtypes.pop("ours-lora") in ("float32", "bfloat16")
-    assert {name for name, dtype in dtypes.items() if dtype == "bfloat16"} == {"transformers-bf16", "peft-bf16"}
+    halves = {name for name, dtype in dtypes.items() if dtype == "bfloat16"}
+    assert halves == {"transformers-bf16", "peft-bf16", "transformers-generate-bf16"}
     for row in rows:
-        assert [(len(turn["seconds"]), len(turn["losses"])) for turn in row["turns"]] == [(1, 2)]  # and the warm-up
+        losses = 1 if "generate" in row["contender"] else 2  # the warm-up's too
+        assert [(len(turn["seconds"]), len(turn["losses"])) for turn in row["turns"]] == [(1, losses)]
         assert row["peak_bytes"] > 50 << 20  # an interpreter with torch is bigger than that
     assert list(tmp_path.iterdir()) == [result]
 
 
 def tabulated(text):
     header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
-    assert all(len(row) == len(header) == 9 for row in rows)
+    assert all(len(row) == len(header) == 10 for row in rows)
     return rows
 
 
@@ -69,7 +77,7 @@ def test_the_transformers_twin_trains_the_same_number_of_parameters_to_the_same_
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)  # GPT's initial weights are too small to show much
-    twin = train_speed.transformers_twin(model).eval()
+    twin = contenders.transformers_twin(model).eval()
     assert sum(p.numel() for p in twin.parameters() if p.requires_grad) == model.num_params()
     ids = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(twin(ids).logits, model(ids, ids)[0], rtol=1e-4, atol=1e-4)
@@ -78,11 +86,11 @@ def test_the_transformers_twin_trains_the_same_number_of_parameters_to_the_same_
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_peft_twin_trains_the_same_adapter_with_the_same_gradients(tied):
     model = GPT(GPTConfig(16, 50, 2, 2, 8, bias=False, tie_word_embeddings=tied))
-    train_speed.add_adapter(model, LORA)
+    contenders.add_adapter(model, LORA)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    twin = train_speed.peft_twin(model, LORA)
+    twin = contenders.peft_twin(model, LORA)
     ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
     theirs = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     assert len(ours) == len(theirs) == 2 * 2 * 3  # A and B, two layers, three matrices
@@ -105,7 +113,7 @@ def close(theirs, ours):
 
 def test_an_adapter_has_gradients_in_all_its_parts_from_the_first_step():
     model = GPT(config().model_config(500))
-    train_speed.add_adapter(model, LORA)
+    contenders.add_adapter(model, LORA)
     ids = torch.randint(500, (2, 32), generator=torch.Generator().manual_seed(1))
     model(ids, ids)[1].backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -129,20 +137,20 @@ def with_another_scale(make_twin, model, lora):
     ],
 )
 def test_a_contender_that_computes_something_else_is_found(contender, function, mistake, monkeypatch):
-    right, again = (train_speed.measure(contender, config(), LORA, steps=1) for _ in range(2))
-    monkeypatch.setattr(train_speed, function, partial(mistake, getattr(train_speed, function)))
-    wrong = train_speed.measure(contender, config(), LORA, steps=1)
-    assert train_speed.disagreements(train_speed.summarize({"a": [right], "b": [again]}, tokens=1)) == []
-    found = train_speed.disagreements(train_speed.summarize({"a": [right], "b": [wrong]}, tokens=1))
+    right, again = (contenders.measure(contender, config(), LORA, steps=1, new_tokens=1) for _ in range(2))
+    monkeypatch.setattr(contenders, function, partial(mistake, getattr(contenders, function)))
+    wrong = contenders.measure(contender, config(), LORA, steps=1, new_tokens=1)
+    assert speed.disagreements(speed.summarize({"a": [right], "b": [again]}, limit=None)) == []
+    found = speed.disagreements(speed.summarize({"a": [right], "b": [wrong]}, limit=None))
     assert [problem.split(" of ")[0] for problem in found] == ["losses", "norms"]
 
 
 def test_a_ratio_compares_turns_of_one_round():
     def turns(*seconds):
-        return [{"dtype": "float32", "seconds": s, "peak_bytes": 1} for s in seconds]
+        return [{"dtype": "float32", "tokens": 60, "seconds": s, "peak_bytes": 1} for s in seconds]
 
     # The machine was ten times slower in the second round, for both.
-    rows = train_speed.summarize({"a": turns([1, 2, 3], [20]), "b": turns([1], [10])}, tokens=60)
+    rows = speed.summarize({"a": turns([1, 2, 3], [20]), "b": turns([1], [10])}, limit=None)
     assert rows[0]["tokens_per_second"] == {"median": 25, "min": 3, "max": 60}
     assert rows[1]["ratio"] == {"median": 2, "min": 2, "max": 2}
 
@@ -150,40 +158,37 @@ def test_a_ratio_compares_turns_of_one_round():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--contenders=ours,nanogpt"], "there is no contender 'nanogpt'; there are transformers-fp32, "),
+        (["--contenders=ours,llm.c"], "there is no contender 'llm.c'; there are nanogpt, "),
         (["--rank=0"], "rank=0 must be a whole number above 0"),
-        (["--rounds=0"], "--rounds 0 and --steps 3: both must be at least 1"),
+        (["--rounds=0"], "--rounds 0, --steps 3 and --new_tokens 200: all must be at least 1"),
         (["--n_head=3"], "n_embd=320 must be a multiple of n_head=3"),
         (["--batch_size=many"], "batch_size='many' must be a whole number"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_sentence(options, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_speed.py", *options])
-    assert train_speed.main() == 1
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options])
+    assert speed.main() == 1
     assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "missing, rest",
-    [
-        (["transformers"], "ours-fp32,ours,ours-lora-fp32,ours-lora"),
-        (["transformers", "peft"], "ours-fp32,ours,ours-lora-fp32,ours-lora"),
-        (["peft"], "transformers-fp32,transformers-bf16,ours-fp32,ours,ours-lora-fp32,ours-lora"),
-    ],
+    "missing, gone",
+    [(["transformers"], "transformers|peft"), (["transformers", "peft"], "transformers|peft"), (["peft"], "peft")],
 )
-def test_without_a_package_it_says_what_to_install_or_leave_out(missing, rest, monkeypatch, capsys):
+def test_without_a_package_it_says_what_to_install_or_leave_out(missing, gone, monkeypatch, capsys):
+    rest = ",".join(name for name in contenders.CONTENDERS if not re.match(gone, name))
     for package in missing:
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, "argv", ["train_speed.py"])
-    assert train_speed.main() == 1
+    monkeypatch.setattr(sys, "argv", ["speed.py"])
+    assert speed.main() == 1
     message = capsys.readouterr().err
-    assert message.startswith(f"train_speed.py: {' and '.join(missing)} must be installed: pip install -r ")
+    assert message.startswith(f"speed.py: {' and '.join(missing)} must be installed: pip install -r ")
     assert message.endswith(f"--contenders {rest}\n")
 
 
 def test_what_needs_no_missing_package_can_be_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    train_speed.check_packages(["transformers-fp32", "ours-lora"])
+    speed.check_packages(["transformers-fp32", "ours-lora"])
 
 
 # ---- data_speed.py

@@ -13,6 +13,7 @@ import families
 from bench import memory as bench
 from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
+from mesh import Mesh
 from model import GPT, GPTConfig
 from registry import heap
 from registry.__main__ import main, parse
@@ -21,7 +22,6 @@ from registry.memory import (
     GB,
     PROCESS,
     Fitting,
-    Mesh,
     Plan,
     estimate,
     heap_holes,
@@ -133,9 +133,10 @@ def test_fsdp_divides_what_belongs_to_weights_and_the_batch():
     for name in ("weights", "optimizer"):
         assert four[name] == alone[name] // 4
     assert four["logits"] == alone["logits"] // 4 and four["activations"] < alone["activations"] / 3
-    assert "copies" not in [item.name for item in four.items]  # those of two layers are gathered instead
-    layers = [*GPT(LLAMA).blocks, GPT(LLAMA).embedding]
-    assert four["gathered"] == max(sum(p.numel() for p in layer.parameters()) for layer in layers) * (2 * 2 + 4)
+    assert "copies" not in [item.name for item in four.items]  # those of two blocks are gathered instead
+    block, model = sum(p.numel() for p in GPT(LLAMA).blocks[0].parameters()), count(LLAMA)
+    outside = model - LLAMA.n_layer * block
+    assert four["gathered"] == 2 * (2 * block + outside) + 4 * max(block, outside)
 
 
 def test_tp_divides_matrices_and_leaves_norms():
@@ -146,17 +147,17 @@ def test_tp_divides_matrices_and_leaves_norms():
     assert alone["activations"] / 2 < two["activations"] < alone["activations"]
 
 
-def test_dp_divides_the_batch_and_keeps_gradients_twice():
+def test_dp_divides_the_batch_and_keeps_all_weights():
     alone, two = (estimate(LLAMA, **BATCH, mesh_shape=shape) for shape in (None, [[2], ["dp"]]))
     assert two["weights"] == alone["weights"] and two["logits"] == alone["logits"] // 2
-    assert two["buckets"] == 4 * count(LLAMA)
+    assert two["optimizer"] == alone["optimizer"] and two["gathered"] > 0
 
 
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
         ([[2], ["pp"]], "axis 'pp' is none of dp, fsdp, tp"),
-        ([[0], ["tp"]], "tp=0 must be a whole number above 0"),
+        ([[0], ["tp"]], "tp=0 must be a whole number above 0, or -1"),
         ([[2, 2], ["tp"]], "must be [[sizes], [names]]"),
         ([[2, 2], ["tp", "tp"]], "every axis can be there once"),
         ("[[2], [tp]]", "must be [[sizes], [names]]"),
@@ -286,7 +287,7 @@ def test_the_command_refuses_in_one_sentence(capsys):
     for arguments, words in (
         (["memory"], "memory needs a NAME"),
         (["memory", "small", "--mesh_shape", "[[2], ['pp']]"], "axis 'pp' is none of"),
-        (["memory", "small", "--mesh_shape", "[[2], ['tp']]"], "tp=2 is for llama blocks"),
+        (["memory", "small", "--mesh_shape", "[[2], ['tp']]"], "tp=2 is counted for llama blocks"),
         (["memory", "small", "--block_size", "512"], "block_size=512"),
         (["memory", "small", "--block_size", "0"], "block_size=0"),
     ):

@@ -1,0 +1,288 @@
+"""A GPT in shares: what each process of a mesh holds of it, and how they compute it together.
+
+Over the axes dp and fsdp it is FSDP2's (`fully_shard`), block by block: shards of the parameters, gathered for as long
+as a block computes, and the gradients' mean. Over tp it is Megatron's division (Shoeybi et al. 2019, arXiv 1909.08053):
+heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward and two backward.
+
+tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are one matrix of which a rank needs three
+stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
+several ranks; an adapter's two matrices are cut with their layer; and the loss never gathers the logits. A plain local
+parameter with a `Cut` that says what it is of the whole does all five, and FSDP2 takes it like any other.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import lora
+from device import DTYPES
+from distributed import Ranks
+from loss_in_shares import cross_entropy_in_shares, linear_cross_entropy_in_shares
+from model import GPT, IGNORE_INDEX, KVCache, RMSNorm, logits_of
+
+COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
+ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
+PARTS = {"c_attn": 3}  # matrices that lie in one, each of which is cut
+
+
+# ---- what goes between the ranks of a tp group
+
+
+class Split(torch.autograd.Function):
+    """What all ranks have goes into computations that differ: forward nothing, backward the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _total(gradient, ctx.group), None
+
+
+class Join(torch.autograd.Function):
+    """The sum of what the ranks have computed: what all have again. Backward, each gets the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+# ---- layers in shares; a layer becomes one by its class and keeps its parameters' names, as in lora.py
+
+
+class InShares:
+    group: dist.ProcessGroup
+
+
+class ColumnLinear(InShares, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(Split.apply(input, self.group))
+
+
+class RowLinear(InShares, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        y = Join.apply(F.linear(input, self.weight), self.group)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class RowsOfEmbedding(InShares, nn.Embedding):
+    first: int  # id of its first row
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = input - self.first
+        here = (own >= 0) & (own < self.weight.size(0))
+        return Join.apply(F.embedding(own.where(here, 0), self.weight) * here[..., None], self.group)
+
+
+class ColumnAdapter(InShares, lora.Adapter):
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return Split.apply(super().down(x, A), self.group)
+
+
+class RowAdapter(InShares, lora.Adapter):
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return Join.apply(super().down(x, A), self.group)
+
+
+class HeadNorm(InShares, RMSNorm):
+    """Of queries or keys: one weight for all heads, of which every rank has some."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x, Split.apply(self.weight, self.group))
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """In the dtype of what it normalises, whatever that of its gathered weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class GPTInShares(InShares, GPT):
+    def project(self, x: Tensor) -> Tensor:
+        """Gathered, which is for generating text: no gradient passes."""
+        own = logits_of(self.lm_head(x), self.config.logit_softcap).detach()
+        tp, V = dist.get_world_size(self.group), self.config.vocab_size
+        padded = F.pad(own, (0, -(-V // tp) - own.size(-1)))
+        shares = [torch.empty_like(padded) for _ in range(tp)]
+        dist.all_gather(shares, padded, group=self.group)
+        return torch.cat([share[..., : len(vocabulary_share(V, tp, i))] for i, share in enumerate(shares)], dim=-1)
+
+    def loss(self, x: Tensor, targets: Tensor, only_loss: bool) -> tuple[Tensor | None, Tensor]:
+        x, flat, first, cap = x.flatten(0, 1), targets.flatten(), self.embedding.first, self.config.logit_softcap
+        if type(self.lm_head) is ColumnLinear and cap is None:
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            split, weight = Split.apply(x.to(dtype), self.group), self.lm_head.weight.to(dtype)
+            loss = linear_cross_entropy_in_shares(split, weight, flat, first, self.group, IGNORE_INDEX)
+        else:
+            logits = logits_of(self.lm_head(x), cap)
+            loss = cross_entropy_in_shares(logits, flat, first, self.group, IGNORE_INDEX)
+        return None if only_loss else self.project(x).view(*targets.shape, -1), loss
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        tp, weight = dist.get_world_size(self.group), self.lm_head.weight
+        H, K, D = self.config.n_head // tp, max(1, self.config.kv_heads // tp), self.config.D
+        own = {"n_head": H, "n_embd": H * D} | (
+            {"n_kv_head": K, "head_size": D} if self.config.block == "llama" else {}
+        )
+        return KVCache(replace(self.config, **own), batch_size, weight.device, weight.dtype, length)
+
+
+def vocabulary_share(size: int, tp: int, rank: int) -> range:
+    """The rows of `size` that a rank has: the shares differ by one at most."""
+    return range(size * rank // tp, size * (rank + 1) // tp)
+
+
+# ---- what a rank of a tp group has of each parameter
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of one dimension of a tensor these stretches, one behind the other."""
+
+    dim: int
+    stretches: tuple[range, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        return torch.cat([whole.narrow(self.dim, s.start, len(s)) for s in self.stretches], self.dim)
+
+
+def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
+    """{parameter: its Cut}; those that are missing are the same on all ranks of a tp group."""
+    found = {}
+    for path, layer in model.named_modules() if tp > 1 else ():
+        name = path.split(".")[-1]
+        parameters = {f"{path}.{key}": (key, p.dim()) for key, p in layer.named_parameters()}
+        if layer is model.embedding:
+            found[f"{path}.weight"] = Cut(0, (vocabulary_share(layer.num_embeddings, tp, rank),))
+        elif name in COLUMN and not _serves_several(name, model, tp):
+            part = layer.out_features // PARTS.get(name, 1)
+            share = vocabulary_share(part, tp, rank)
+            rows = tuple(range(at + share.start, at + share.stop) for at in range(0, layer.out_features, part))
+            found |= {key: Cut(0, rows) for key, (own, _) in parameters.items() if own.split(".")[-1] != "A"}
+        elif name in ROW:
+            columns = (vocabulary_share(layer.in_features, tp, rank),)
+            found |= {key: Cut(1, columns) for key, (own, n) in parameters.items() if n == 2 and own[-2:] != ".B"}
+    return found
+
+
+def _serves_several(name: str, model: GPT, tp: int) -> bool:
+    """Whether keys and values have fewer heads than there are ranks: each rank then computes all, and takes its own."""
+    return name in ("k_proj", "v_proj") and model.config.kv_heads % tp != 0
+
+
+def _share_layers(model: GPT, ranks: Ranks) -> None:
+    """Give layers the classes that compute shares."""
+    tp, group = ranks.mesh.tp, ranks.group("tp")
+    for path, layer in list(model.named_modules()):
+        name, adapter = path.split(".")[-1], None
+        if layer is model.embedding:
+            kind = RowsOfEmbedding
+            layer.first = vocabulary_share(model.config.vocab_size, tp, ranks.tp_rank).start
+        elif _serves_several(name, model, tp):
+            layer.register_forward_hook(_own_head(model, ranks))
+            continue
+        elif name in COLUMN:
+            kind, adapter = ColumnLinear, ColumnAdapter
+        elif name in ROW:
+            kind, adapter = RowLinear, RowAdapter
+        elif name in ("q_norm", "k_norm"):
+            kind = HeadNorm
+        else:
+            continue
+        lora.change_class(layer, kind)
+        layer.group = group
+        for part in layer.lora.values() if adapter and isinstance(layer, lora.Adapted) else ():
+            part.__class__, part.group = adapter, group
+    model.__class__, model.group = GPTInShares, group
+
+
+def _own_head(model: GPT, ranks: Ranks):
+    """A hook behind a projection that every rank computes: of its (B, T, K * D), the head of this rank's queries."""
+    D, group = model.config.D, ranks.group("tp")
+    head = ranks.tp_rank * model.config.kv_heads // ranks.mesh.tp
+
+    def take(_layer, _input, y: Tensor) -> Tensor:
+        return Split.apply(y, group)[..., head * D : (head + 1) * D]
+
+    return take
+
+
+# ---- the whole model
+
+
+def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, compiled: bool, drawn: bool) -> dict:
+    """Turn `model` into this process's share of it, on `device`, and return the `Cut`s of its parameters.
+
+    The parameters of `model` may be views of a mapped file, or on the meta device, which leaves the shares to be filled
+    (state_in_shares.py); if they are `drawn`, rank 0 has them, and the others get theirs from there. One block is held
+    whole at a time. With a `dtype` of bfloat16, blocks are gathered and computed in it, and gradients are summed in
+    float32, like the weights, which stay so.
+    """
+    held = cuts(model, ranks.mesh.tp, ranks.tp_rank)
+    half = DTYPES[dtype] if dtype == "bfloat16" else None
+    rounded = {id(p) for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
+    if ranks.mesh.tp > 1:
+        _share_layers(model, ranks)
+    for layer in model.modules() if half else ():  # what flows between blocks stays in float32, as in one process
+        if type(layer) is nn.LayerNorm:
+            layer.__class__ = WideLayerNorm
+        elif isinstance(layer, nn.Embedding):
+            layer.register_forward_hook(lambda _layer, _input, y: y.float())
+    shares: dict[int, nn.Parameter] = {}
+
+    def take(module: nn.Module, prefix: str) -> None:
+        for path, layer in module.named_modules(prefix=prefix):
+            for key, whole in list(layer.named_parameters(recurse=False)):
+                if isinstance(whole, DTensor):
+                    continue
+                if id(whole) not in shares:
+                    tensor = _drawn(whole.detach(), ranks) if drawn else whole.detach()
+                    cut = held.get(f"{path}.{key}")
+                    own = cut.of(tensor) if cut else tensor
+                    share = torch.empty(own.shape, dtype=half if id(whole) in rounded else torch.float32, device=device)
+                    if not own.is_meta:
+                        share.copy_(own)
+                    shares[id(whole)] = nn.Parameter(share, requires_grad=whole.requires_grad)
+                    kept.append(whole)  # so that no other gets its id
+                setattr(layer, key, shares[id(whole)])
+
+    kept: list[Tensor] = []
+    data = ranks.grid["dp", "fsdp"] if ranks.mesh.dp > 1 else ranks.grid["fsdp"]
+    policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+    blocks = next(path for path, module in model.named_modules() if module is model.blocks)
+    for i, block in enumerate(model.blocks):
+        take(block, f"{blocks}.{i}")
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=data, mp_policy=policy)
+        kept.clear()
+        shares.clear()
+    take(model, "")
+    fully_shard(model, mesh=data, mp_policy=policy)
+    return held
+
+
+def _drawn(tensor: Tensor, ranks: Ranks) -> Tensor:
+    whole = tensor if ranks.main else torch.empty_like(tensor, device="cpu")
+    dist.broadcast(whole, 0)
+    return whole
