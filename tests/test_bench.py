@@ -43,7 +43,6 @@ def test_the_script_measures_every_contender_and_finds_that_they_compute_the_sam
     assert [row[0] for row in lora] == ["peft-fp32", "peft-bf16", "ours-lora-fp32", "ours-lora"]
     assert [row[0] for row in generation] == names[9:-1]
     assert full[0][4:6] == lora[0][4:6] == generation[0][4:6] == ["1.00", "1.00 - 1.00"]
-    assert all(0 < float(row[6]) for row in (*full, *lora, *generation)), "without a share of the limit"
 
     written = json.loads(result.read_text())
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["cpu"]
@@ -60,6 +59,7 @@ def test_the_script_measures_every_contender_and_finds_that_they_compute_the_sam
     for row in rows:
         losses = 1 if "generate" in row["contender"] else 2  # the warm-up's too
         assert [(len(turn["seconds"]), len(turn["losses"])) for turn in row["turns"]] == [(1, losses)]
+        assert row["of_limit"] > 0
         assert row["peak_bytes"] > 50 << 20  # an interpreter with torch is bigger than that
     assert list(tmp_path.iterdir()) == [result]
 

@@ -1,5 +1,6 @@
 """train.py: exact resume, what a stop leaves behind, and what is refused before anything is built."""
 
+import copy
 import json
 import math
 import mmap
@@ -20,6 +21,7 @@ from conftest import QUICK, TINY, command
 import configurator
 import train
 from checkpoint import CheckpointManager
+from configurator import PRECISIONS
 from data.batches import BlockSampler, fixed_batches
 from data.tokens import load_dataset
 from distributed import Ranks
@@ -69,9 +71,10 @@ def wait_for(directory: Path, iteration: int, process: subprocess.Popen) -> None
 # ---- exact resume
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(dataset, tmp_path, script, dtype):
-    settings = (f"dataset={dataset}", *QUICK, f"dtype={dtype}", "dropout=0.2", "max_iters=60", "eval_interval=7")
+@pytest.mark.parametrize(("dtype", "optimizer"), [*((d, "adamw") for d in PRECISIONS), ("bfloat16", "muon")])
+def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(dataset, tmp_path, script, dtype, optimizer):
+    numbers = (f"dtype={dtype}", f"optimizer={optimizer}", "dropout=0.2")
+    settings = (f"dataset={dataset}", *QUICK, *numbers, "max_iters=60", "eval_interval=7")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     done = script("train.py", *settings, f"out_dir={straight}")
     assert done.returncode == 0, done.stderr
@@ -344,6 +347,57 @@ def test_weight_decay_is_on_matrices_only(dataset, tmp_path):
     assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(list(run.raw_model.parameters()))
 
 
+@pytest.mark.parametrize("preset", ["small", "modern"])
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(dataset, tmp_path, preset):
+    """Beside torch's two optimizers, each on its own weights."""
+    rates = ("learning_rate=0.002", "muon_learning_rate=0.01", "warmup_iters=4")
+    run = trainer(dataset, tmp_path / "x", f"preset={preset}", "optimizer=muon", "grad_clip=0", *rates)
+    run._drop_gradients = lambda: None
+    twin = copy.deepcopy(run.raw_model)
+    named = dict(twin.named_parameters())
+    inner = {n: p for n, p in named.items() if p.dim() == 2 and (".h." in n or ".layers." in n)}
+    rest = [p for n, p in named.items() if n not in inner]
+    assert len(inner) == 2 * (4 if preset == "small" else 7) and "lm_head.weight" not in inner
+    decay = {True: 0.1, False: 0.0}
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in rest if (p.dim() > 1) is m], "weight_decay": decay[m]} for m in decay],
+        lr=0.002 / 4,
+        betas=(0.9, 0.95),
+    )
+    muon = torch.optim.Muon(list(inner.values()), lr=0.01 / 4, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    _, rate, _ = run.step()
+    assert rate == 0.002 / 4
+    for parameter, own in zip(twin.parameters(), run.raw_model.parameters(), strict=True):
+        parameter.grad = own.grad
+    adamw.step()
+    muon.step()
+    for name, parameter in run.raw_model.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_branches_that_start_at_zero_leave_the_embeddings_as_they_are(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "preset=modern", "zero_init=true")
+    model, ids = run.raw_model, torch.arange(12)[None]
+    states = []
+    model(ids, hidden_states=states)
+    assert torch.equal(states[0], states[1]) and model.lm_head.weight.any()
+    with torch.no_grad():
+        torch.testing.assert_close(states[-1], model.final_norm(states[0]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embeddings_gradient_in_rows_is_the_gradient(dataset, tmp_path, tied):
+    runs = [trainer(dataset, tmp_path / name, f"tie_word_embeddings={tied}") for name in ("rows", "matrix")]
+    assert runs[0].raw_model.embedding.sparse is not tied
+    runs[1].raw_model.embedding.sparse = False
+    for run in runs:
+        run._drop_gradients = lambda: None
+        run.step()
+    rows, matrix = (run.raw_model.embedding.weight.grad for run in runs)
+    assert rows.layout is torch.strided and rows.any()
+    torch.testing.assert_close(rows, matrix, rtol=1e-5, atol=1e-8)
+
+
 def test_accumulated_gradients_equal_those_of_one_big_batch(dataset, tmp_path):
     gradients = []
     for batch_size, steps in ((8, 1), (2, 4)):
@@ -354,7 +408,7 @@ def test_accumulated_gradients_equal_those_of_one_big_batch(dataset, tmp_path):
             f"gradient_accumulation_steps={steps}",
             "grad_clip=0",
         )
-        run.optimizer.zero_grad = lambda set_to_none: None
+        run._drop_gradients = lambda: None
         run.step()
         gradients.append([p.grad for p in run.raw_model.parameters()])
     for a, b in zip(*gradients, strict=True):
@@ -598,6 +652,8 @@ def test_without_an_out_dir_the_convention_gives_one(dataset, tmp_path, script):
         (("init_from=resume", "out_dir=nowhere"), "there is no model directory nowhere"),
         (("device=cuda:9",), "device=cuda:9 cannot be used here"),
         (("batchsize=3",), "did you mean 'batch_size'?"),
+        (("muon_learning_rate=0.01",), "muon_learning_rate=0.01 belongs to optimizer=muon"),
+        (("optimizer=muon", "muon_learning_rate=0"), "muon_learning_rate=0.0 must be above 0"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_exit_code_1(dataset, tmp_path, script, arguments, words):
