@@ -208,6 +208,11 @@ def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_pat
         assert differ(found, alone[name]) < 1e-5, (name, mesh, found[:3], alone[name][:3])
 
 
+def test_a_mesh_of_one_is_no_mesh(alone, dataset, tmp_path):
+    begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *MODELS["gpt2"])
+    assert steps(Ranks(), *begin, "mesh_shape=[[1,1],['fsdp','tp']]") == alone["gpt2"]
+
+
 MODES = {  # and by how much it may differ from one process in the same mode: float16 and bfloat16 round their products
     "activation_checkpointing=true": 1e-5,
     "dtype=bfloat16": 1e-2,
