@@ -457,7 +457,7 @@ def main() -> int:
         if ranks is None or ranks.is_first_to_fail():
             print(f"train.py: {ranks.name if ranks else ''}{error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except Exception as error:
         if ranks is None or ranks.size == 1:
             raise
         if ranks.is_first_to_fail():
