@@ -8,6 +8,9 @@ tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are o
 stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
 several ranks; an adapter's two matrices are cut with their layer; and the loss never gathers the logits. A plain local
 parameter with a `Cut` that says what it is of the whole does all five, and FSDP2 takes it like any other.
+
+Ranks of a tp group draw the same dropout, for what they all have must be dropped alike. So the heads of one drop what
+those of another do, and a run with dropout is another one than in one process, no worse.
 """
 
 from collections.abc import Callable
