@@ -456,6 +456,7 @@ def help_text(config: RunConfig) -> str:
         "  python train.py --init_from=resume --out_dir=models/NAME   go on where a run stopped\n"
         "  python train.py config/finetune_lora.py lora.r=4           adapt a model; LoRA's other spellings will do\n"
         "  python train.py config/finetune_lora.py model=gpt2-offline    another one, by its name\n"
-        "  torchrun --nproc_per_node=2 train.py FILE                  several processes\n\n"
+        "  torchrun --nproc_per_node=2 train.py FILE                  several processes, each with all of the model\n"
+        '  torchrun --nproc_per_node=4 train.py FILE --mesh_shape=\'[[2,2],["fsdp","tp"]]\'    in shares\n\n'
         "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
     )

@@ -37,8 +37,8 @@ class LinearCrossEntropyInShares(torch.autograd.Function):
         share = _share(targets, ignore_index, torch.promote_types(x.dtype, torch.float32))
         loss, dx = share.new_zeros(()), torch.empty_like(x) if for_x else None
         dweight = torch.zeros_like(weight, dtype=share.dtype) if for_weight else None
-        for rows in torch.arange(len(x), device=x.device).split(max(1, AT_A_TIME // len(weight))):
-            rows = slice(rows[0].item(), rows[-1].item() + 1)
+        for start in range(0, len(x), count := max(1, AT_A_TIME // len(weight))):
+            rows = slice(start, start + count)
             losses, gradient = _losses(x[rows] @ weight.t(), targets[rows], share[rows], first, group)
             loss += (losses * share[rows]).sum()
             gradient = gradient.to(weight.dtype)

@@ -8,8 +8,12 @@ tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are o
 stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
 several ranks; an adapter's two matrices are cut with their layer; and the loss never gathers the logits. A plain local
 parameter with a `Cut` that says what it is of the whole does all five, and FSDP2 takes it like any other.
+
+Ranks of a tp group draw the same dropout, for what they all have must be dropped alike. So the heads of one drop what
+those of another do, and a run with dropout is another one than in one process, no worse.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,7 +167,8 @@ class Cut:
     stretches: tuple[range, ...]
 
     def of(self, whole: Tensor) -> Tensor:
-        return torch.cat([whole.narrow(self.dim, s.start, len(s)) for s in self.stretches], self.dim)
+        parts = [whole.narrow(self.dim, stretch.start, len(stretch)) for stretch in self.stretches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
@@ -216,7 +221,7 @@ def _share_layers(model: GPT, ranks: Ranks) -> None:
     model.__class__, model.group = GPTInShares, group
 
 
-def _own_head(model: GPT, ranks: Ranks):
+def _own_head(model: GPT, ranks: Ranks) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A hook behind a projection that every rank computes: of its (B, T, K * D), the head of this rank's queries."""
     D, group = model.config.D, ranks.group("tp")
     head = ranks.tp_rank * model.config.kv_heads // ranks.mesh.tp
@@ -230,7 +235,9 @@ def _own_head(model: GPT, ranks: Ranks):
 # ---- the whole model
 
 
-def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, compiled: bool, drawn: bool) -> dict:
+def parallelize(
+    model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, compiled: bool, drawn: bool
+) -> dict[str, Cut]:
     """Turn `model` into this process's share of it, on `device`, and return the `Cut`s of its parameters.
 
     The parameters of `model` may be views of a mapped file, or on the meta device, which leaves the shares to be filled
@@ -240,33 +247,25 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
     """
     held = cuts(model, ranks.mesh.tp, ranks.tp_rank)
     half = DTYPES[dtype] if dtype == "bfloat16" else None
-    rounded = {id(p) for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
+    rounded = {p for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
     if ranks.mesh.tp > 1:
         _share_layers(model, ranks)
-    for layer in model.modules() if half else ():  # what flows between blocks stays in float32, as in one process
-        if type(layer) is nn.LayerNorm:
-            layer.__class__ = WideLayerNorm
-        elif isinstance(layer, nn.Embedding):
-            layer.register_forward_hook(lambda _layer, _input, y: y.float())
-    shares: dict[int, nn.Parameter] = {}
+    if half:
+        _keep_wide(model)
+    shares: dict[nn.Parameter, nn.Parameter] = {}  # of a parameter that several layers have there is one share
 
     def take(module: nn.Module, prefix: str) -> None:
         for path, layer in module.named_modules(prefix=prefix):
-            for key, whole in list(layer.named_parameters(recurse=False)):
-                if isinstance(whole, DTensor):
+            for key, parameter in list(layer.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):  # a block's, sharded already
                     continue
-                if id(whole) not in shares:
-                    tensor = _drawn(whole.detach(), ranks) if drawn else whole.detach()
-                    cut = held.get(f"{path}.{key}")
-                    own = cut.of(tensor) if cut else tensor
-                    share = torch.empty(own.shape, dtype=half if id(whole) in rounded else torch.float32, device=device)
-                    if not own.is_meta:
-                        share.copy_(own)
-                    shares[id(whole)] = nn.Parameter(share, requires_grad=whole.requires_grad)
-                    kept.append(whole)  # so that no other gets its id
-                setattr(layer, key, shares[id(whole)])
+                if parameter not in shares:
+                    whole = _from_rank_0(parameter.detach(), ranks) if drawn else parameter.detach()
+                    to = half if parameter in rounded else torch.float32
+                    share = _share(whole, held.get(f"{path}.{key}"), device, to)
+                    shares[parameter] = nn.Parameter(share, requires_grad=parameter.requires_grad)
+                setattr(layer, key, shares[parameter])
 
-    kept: list[Tensor] = []
     data = ranks.grid["dp", "fsdp"] if ranks.mesh.dp > 1 else ranks.grid["fsdp"]
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
     blocks = next(path for path, module in model.named_modules() if module is model.blocks)
@@ -275,14 +274,28 @@ def parallelize(model: GPT, ranks: Ranks, device: torch.device, dtype: str, *, c
         if compiled:
             block.compile()
         fully_shard(block, mesh=data, mp_policy=policy)
-        kept.clear()
-        shares.clear()
+        shares.clear()  # and with it the block as it was
     take(model, "")
     fully_shard(model, mesh=data, mp_policy=policy)
     return held
 
 
-def _drawn(tensor: Tensor, ranks: Ranks) -> Tensor:
+def _from_rank_0(tensor: Tensor, ranks: Ranks) -> Tensor:
     whole = tensor if ranks.main else torch.empty_like(tensor, device="cpu")
     dist.broadcast(whole, 0)
     return whole
+
+
+def _share(whole: Tensor, cut: Cut | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    own = cut.of(whole) if cut else whole
+    share = torch.empty(own.shape, dtype=dtype, device=device)
+    return share if own.is_meta else share.copy_(own)
+
+
+def _keep_wide(model: GPT) -> None:
+    """Let what flows between blocks stay in float32 where weights are gathered in bfloat16, as under autocast."""
+    for layer in model.modules():
+        if type(layer) is nn.LayerNorm:
+            layer.__class__ = WideLayerNorm
+        elif isinstance(layer, nn.Embedding):
+            layer.register_forward_hook(lambda _layer, _input, y: y.float())

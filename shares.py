@@ -91,7 +91,7 @@ class Shares:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, saved in state["optimizer"]["state"].items():
             moments = {key: torch.zeros_like(parameters[i]) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameters[i]] = {"step": saved["step"].clone(), **moments}
+            optimizer.state[parameters[i]] = {"step": saved["step"].to(parameters[i].device, copy=True), **moments}
         error, index = None, None
         try:
             index = CheckpointManager.shards_of(directory, self.ranks.rank, self.ranks.size)

@@ -144,6 +144,8 @@ class Writer(StorageWriter):
         self.directory, self.name, self.entries = directory, SHARD.format(rank), {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if not plan.items:  # others have all that this one has
+            return _done([])
         tensors = {_key(item.index): planner.resolve_data(item) for item in plan.items}
         entry = files.stage(self.directory / self.name, lambda file: write_tensors(file, tensors, {"format": "pt"}))
         results = [WriteResult(item.index, tensors[_key(item.index)].nbytes, (self.name, entry)) for item in plan.items]

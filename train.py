@@ -4,6 +4,7 @@
     python train.py config/train_scientific.py --init_from=resume
     python train.py config/finetune_lora.py
     torchrun --nproc_per_node=2 train.py config/train_scientific.py
+    torchrun --nproc_per_node=4 train.py config/train_scientific.py --mesh_shape='[[2,2],["fsdp","tp"]]'
 
 `python train.py --help` lists the settings. A run that is stopped and resumed computes what an uninterrupted one would,
 bit for bit on a CPU: which tokens a step sees follows from the seed and the number of samples seen, the learning rate
@@ -455,7 +456,7 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
         if ranks is None or ranks.is_first_to_fail():
             print(f"train.py: {ranks.name if ranks else ''}{error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except Exception as error:
         if ranks is None or ranks.size == 1:
             raise
         if ranks.is_first_to_fail():
@@ -464,7 +465,8 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
             print(f"train.py: {ranks.name}another process has ended; what was saved before is intact", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("train.py: interrupted before training began; nothing was written", file=sys.stderr)
+        if ranks is None or ranks.main:
+            print("train.py: interrupted before training began; nothing was written", file=sys.stderr)
         return 130
 
 

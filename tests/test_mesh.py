@@ -198,7 +198,14 @@ def alone(dataset, tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize(("processes", "models"), [(2, tuple(MODELS)), (4, ("gpt2 tied", "llama"))])
+SOME, OTHERS = ("gpt2 tied", "llama"), ("gpt2", "llama tied")
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("processes", "models"),
+    [(2, SOME), (4, SOME), pytest.param(2, OTHERS, marks=SLOW), pytest.param(4, OTHERS, marks=SLOW)],
+)
 def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_path, processes, models):
     begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
     cases = {
@@ -206,6 +213,11 @@ def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_pat
     }
     for (name, mesh), found in started(processes, many, cases).items():
         assert differ(found, alone[name]) < 1e-5, (name, mesh, found[:3], alone[name][:3])
+
+
+def test_a_mesh_of_one_is_no_mesh(alone, dataset, tmp_path):
+    begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *MODELS["gpt2"])
+    assert steps(Ranks(), *begin, "mesh_shape=[[1,1],['fsdp','tp']]") == alone["gpt2"]
 
 
 MODES = {  # and by how much it may differ from one process in the same mode: float16 and bfloat16 round their products
@@ -219,7 +231,7 @@ def test_precisions_and_recomputing_do_in_a_mesh_what_they_do_in_one_process(dat
     begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
     cases = {
         (name, mode, mesh): (*begin, *MODELS[name], mode, f"mesh_shape={mesh}")
-        for name in ("gpt2 tied", "llama")
+        for name in SOME
         for mode in MODES
         for mesh in MESHES[2]
         if "float16" not in mode or "tp" not in mesh
@@ -283,7 +295,7 @@ def largest_difference(a, b) -> float:
     return abs(a - b)
 
 
-@pytest.mark.parametrize("kind", ["gpt2 tied", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2 tied", pytest.param("llama", marks=SLOW)])
 def test_a_run_goes_on_in_another_mesh_and_in_one_process_as_it_would_have(dataset, tmp_path, kind):
     begin = (*STEPS, f"dataset={dataset}", *MODELS[kind])
     straight, out = tmp_path / "straight", tmp_path / "out"
@@ -339,7 +351,7 @@ def straight_and_in_two(ranks: Ranks, folder: Path, meshes: tuple[str, ...], *se
         part_of_a_run(ranks, 2, "init_from=resume", out[1])
 
 
-@pytest.mark.parametrize("processes", MESHES)
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=SLOW)])
 def test_the_same_mesh_goes_on_exactly(dataset, tmp_path, processes):
     settings = (*STEPS, f"dataset={dataset}", "dropout=0.1")
     started(processes, straight_and_in_two, tmp_path, MESHES[processes], *settings)
@@ -379,7 +391,10 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize(("processes", "models"), [(2, tuple(ADAPTED)), (4, ("gpt2 tied", "llama"))])
+@pytest.mark.parametrize(
+    ("processes", "models"),
+    [(2, SOME), pytest.param(4, SOME, marks=SLOW), pytest.param(2, ("hf llama tied", "hf gpt2"), marks=SLOW)],
+)
 def test_adapters_and_fine_tuning_are_what_they_are_in_one_process(bases, dataset, tmp_path, processes, models):
     here = f"dataset={dataset}", f"out_dir={tmp_path / 'x'}"
     begin = {name: (*ADAPTED[name], f"init_from={bases[name]}", *here) for name in models}
@@ -423,6 +438,7 @@ def own_memory() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_a_base_is_never_whole_in_a_process(dataset, tmp_path):
     vocab_size = load_dataset(dataset).vocab_size
