@@ -253,3 +253,28 @@ def test_without_datasets_the_data_path_can_be_measured_alone(monkeypatch, capsy
     assert data_speed.main() == 1
     assert capsys.readouterr().err.endswith("or measure without: --contenders ours\n")
     data_speed.check_packages(["ours"])
+
+
+# ---- curves.py
+
+
+def written_log(folder, *evaluations):
+    folder.mkdir()
+    lines = [f"2026-01-01 00:{m:02}:00 iteration {i:,}: train loss 1.0000, val loss {v:.4f}" for m, i, v in evaluations]
+    (folder / "training_log.txt").write_text("\n".join(["2025-12-31 23:59:00 200 parameters", *lines, ""]))
+    return folder
+
+
+def test_curves_say_when_a_run_was_where_another_ended(tmp_path, script):
+    slow = written_log(tmp_path / "slow", (1, 0, 9), (11, 1000, 5), (21, 2000, 4))
+    fast = written_log(tmp_path / "fast", (2, 0, 9), (5, 100, 4.5), (7, 200, 3.9))
+    done = script("bench/curves.py", slow, fast, "--out", tmp_path / "curves.png")
+    assert done.stdout.splitlines() == [
+        "slow: 4.0000 after 20.0 minutes",
+        "fast: 3.9000 after 5.0 minutes; there after 5.0, 0.25 of the time",
+    ]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    done = script("bench/curves.py", fast, slow)
+    assert done.stdout.splitlines()[1] == "slow: 4.0000 after 20.0 minutes; not there"
+    done = script("bench/curves.py", written_log(tmp_path / "one", (1, 0, 9)))
+    assert done.returncode == 1 and "no evaluation before the first step and another one after it" in done.stderr
