@@ -3,8 +3,8 @@
     python bench/curves.py models/gpt-38M-scientific-pretrain models/llama-38M-scientific-pretrain --out curves.png
 
 A run's clock starts with its evaluation before the first step, as training_log.txt has it, and counts everything from
-there on: steps, evaluations, saves. The first run is the one to reach: a line marks its last loss, and the text says when
-the others were there.
+there on: steps, evaluations, saves. The first run is the one to reach: a line marks its last loss, and the text says
+when the others were there.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 def read(directory: Path) -> Run:
     """Raises ValueError for a run that was stopped in between, or has fewer than two evaluations."""
     found = EVALUATION.findall((directory / LOG).read_text(encoding="utf-8"))
-    if len(found) < 2 or [int(step.replace(",", "")) for _, step, _ in found][0] != 0:
+    if len(found) < 2 or found[0][1] != "0":
         raise ValueError(f"{directory / LOG} has no evaluation before the first step and another one after it")
     times = [datetime.fromisoformat(time) for time, _, _ in found]
     minutes = [(time - times[0]).total_seconds() / 60 for time in times]

@@ -204,7 +204,7 @@ def rehearse_generation(
     config: GPTConfig, lora: LoRAConfig | None, batch_size: int, block_size: int, dtype: str, cuda: bool = False
 ) -> Rehearsal:
     """Reading a prompt of block_size - 1 tokens into a cache with room for one more: the fullest moment of a text that
-    fills the context. The weights are in `dtype`, as sample.py has them."""
+    fills the context. The weights are in `dtype`; what packed.py holds of float16 keeps the embeddings in float32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])  # fake weights cannot be cast after they were made
     try:
