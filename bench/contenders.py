@@ -72,7 +72,7 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
     """One turn: what comes first, a warm-up, and then `steps` timed steps or texts.
 
     `seconds` are theirs, `first` those of the warm-up, `tokens` how many each has. `losses` are those before every
-    step, or of the model on one text; `norms` those of the gradients.
+    step, or of the model on one text; `norms` those of the gradients, or None.
     """
     contender = CONTENDERS[name]
     if contender.group == LIMIT:
@@ -86,7 +86,7 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
         model = peft_twin(model, lora) if contender.group == LORA else transformers_twin(model)
     if contender.group == GENERATION:
         work, dtype, losses = generation(contender, config, model, new_tokens)
-        tokens, results = new_tokens * contender.rows, [(losses, 0.0)]
+        tokens, results = new_tokens * contender.rows, [(losses, None)]
     else:
         work, dtype = training(contender, config, model, steps)
         tokens, results = tokens_per_step(config), []

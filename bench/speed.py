@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -146,17 +147,16 @@ def summarize(turns: dict[str, list[dict]], limit: float | None) -> list[dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| contender | dtype | tokens/s | min - max | ratio | min - max | of limit | peak MiB | loss | gradient norm |"
-    ]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("tokens/s", "min - max", "ratio", "min - max", "of limit", "peak MiB", "loss", "gradient norm")
+    lines = [f"| contender | dtype | {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * len(columns)]
     for row in rows:
         (speed, slow, fast), (ratio, low, high) = row["tokens_per_second"].values(), row["ratio"].values()
         loss, norm = row["turns"][0]["losses"][0], row["turns"][0]["norms"][0]
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
+        norm = "" if norm is None else f"{norm:.5f}"
         lines.append(
             f"| {row['contender']} | {row['dtype']} | {speed:,.0f} | {slow:,.0f} - {fast:,.0f} | {ratio:.2f} | "
-            f"{low:.2f} - {high:.2f} | {share} | {row['peak_bytes'] / 2**20:,.0f} | {loss:.5f} | {norm or 0:.5f} |"
+            f"{low:.2f} - {high:.2f} | {share} | {row['peak_bytes'] / 2**20:,.0f} | {loss:.5f} | {norm} |"
         )
     return "\n".join(lines)
 
@@ -177,7 +177,7 @@ def disagreements(rows: list[dict[str, Any]]) -> list[str]:
         coarser = row["dtype"] if base["dtype"] == "float32" else base["dtype"]
         for key, tolerance in TOLERANCES.get(coarser, TOLERANCES["bfloat16"]).items():
             theirs, mine = base["turns"][0][key][:2], row["turns"][0][key][:2]
-            if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(theirs, mine, strict=True)):
+            if None not in mine and not all(map(partial(math.isclose, rel_tol=tolerance), theirs, mine)):
                 found.append(f"{key} of {row['contender']} are {mine}, of {base['contender']} {theirs}")
     return found
 
@@ -187,6 +187,8 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     facts = {"cpu": named[1] if named else platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
     facts |= {"threads": torch.get_num_threads(), "load at start": round(os.getloadavg()[0], 1)}
     packages = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)]
     return facts | {name: version(name) for name in packages}
