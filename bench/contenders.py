@@ -28,7 +28,7 @@ from lora import LoRAConfig, apply_lora, lora_state_dict
 from model import GPT
 from optimizer import build_optimizer
 from preflight import Start
-from train import learning_rate, set_up
+from train import Trainer, learning_rate, set_up
 
 FULL, LORA, GENERATION, LIMIT = "full training", "LoRA", "generation", "limit"
 LORA_TARGETS = ("c_attn", "c_proj")  # to both libraries the ends of paths: attn.c_attn, attn.c_proj, mlp.c_proj
@@ -104,20 +104,30 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
+def random_ids(config: RunConfig, steps: int) -> np.ndarray:
+    """The text of so many steps."""
+    return np.random.default_rng(config.seed).integers(config.vocab_size, size=steps * tokens_per_step(config) + 1)
+
+
 def training(contender: Contender, config: RunConfig, model: nn.Module, steps: int) -> tuple[Step, str]:
-    ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(1 + steps) * tokens_per_step(config) + 1)
+    ids = random_ids(config, 1 + steps)
     if contender.packages or contender.plain:
         return their_step(contender, config, ids, model.to(config.device)), config.dtype
-    absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
-    fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": config.vocab_size}
-    dataset = Dataset(directory=Path(config.out_dir), **fields, **dict.fromkeys(absent))
-    trainer, _ = set_up(Start(config, dataset, dataset.directory, model), Ranks())
+    trainer = our_trainer(config, model, ids, Ranks())
 
     def step() -> tuple[float, float]:
         loss, _, norm = trainer.step()
         return loss, norm
 
     return step, trainer.config.dtype
+
+
+def our_trainer(config: RunConfig, model: nn.Module, ids: np.ndarray, ranks: Ranks) -> Trainer:
+    """What train.py sets up, on these token ids."""
+    absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
+    fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": config.vocab_size}
+    dataset = Dataset(directory=Path(config.out_dir), **fields, **dict.fromkeys(absent))
+    return set_up(Start(config, dataset, dataset.directory, model), ranks)[0]
 
 
 def their_step(contender: Contender, config: RunConfig, ids: np.ndarray, model: nn.Module) -> Step:

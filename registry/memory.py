@@ -74,8 +74,9 @@ class Estimate:
         return sum(item.size for item in self.items)
 
     def __getitem__(self, name: str) -> int:
-        """Bytes of one item: weights, copies, gradients, optimizer, activations, logits, cache or overhead."""
-        return next(item.size for item in self.items if item.name == name)
+        """Bytes of one item: weights, copies, gradients, optimizer, activations, logits, cache or overhead; 0 of what
+        is not there at the fullest moment."""
+        return sum(item.size for item in self.items if item.name == name)
 
 
 def share_of_model(config: GPTConfig, mesh: Mesh) -> GPTConfig:
@@ -332,8 +333,9 @@ def _items_table(card: Fitting, process: Fitting | None) -> str:
     fittings = [fitting for fitting in (card, process) if fitting]
     heads = ("GB", *(("a card", "here") if process else ("each card",)))
     rows = [(heads[0], *heads[1:], "computed from")]
-    for item in card.estimate.items:
-        rows.append((item.name, *(f"{fitting.estimate[item.name] / GB:.2f}" for fitting in fittings), item.source))
+    items = {item.name: item.source for fitting in reversed(fittings) for item in fitting.estimate.items}
+    for name, source in sorted(items.items(), key=lambda item: item[0] == "overhead"):
+        rows.append((name, *(f"{fitting.estimate[name] / GB:.2f}" for fitting in fittings), source))
     rows.append(("total", *(f"{fitting.estimate.total / GB:.2f}" for fitting in fittings), ""))
     notes = [process.estimate.items[-1].source] if process else []
     return "\n".join([as_table(rows), *(f"overhead here: {note}" for note in notes)])

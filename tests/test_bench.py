@@ -10,11 +10,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import documents
 
 import configurator
-from bench import contenders, data_speed, speed
+from bench import contenders, data_speed, mesh, speed
+from distributed import Ranks
 from lora import LoRAConfig
+from mesh import Mesh
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, train_bpe
 
@@ -278,3 +281,91 @@ def test_curves_say_when_a_run_was_where_another_ended(tmp_path, script):
     assert done.stdout.splitlines()[1] == "slow: 4.0000 after 20.0 minutes; not there"
     done = script("bench/curves.py", written_log(tmp_path / "one", (1, 0, 9)))
     assert done.returncode == 1 and "no evaluation before the first step and another one after it" in done.stderr
+
+
+# ---- mesh.py
+
+
+DIVISIBLE = ("n_layer=2", "n_head=4", "n_embd=32", "block_size=32", "batch_size=2", "gradient_accumulation_steps=4")
+QUICK = ("steps=1", "rounds=1")
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        ("1,2", ("vocab_size=501", "dtype=float32")),
+        pytest.param("4", ("preset=modern", "vocab_size=503", "dtype=bfloat16"), marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_counted_on_the_wires_is_what_the_formula_says(processes, settings, script, tmp_path):
+    options = [f"--{setting}" for setting in (*DIVISIBLE, *QUICK, *settings, f"processes={processes}")]
+    result = tmp_path / "result.json"
+    done = script("bench/mesh.py", *options, f"--json={result}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text())["meshes"]
+    assert [row["mesh"] for row in rows] == [
+        vars(one) for count in processes.split(",") for one in mesh.MESHES[int(count)]
+    ]
+    for row in rows:
+        (turn,), several = row["turns"], row["contender"] != "one process"
+        assert len(turn["peaks"]) == Mesh(**row["mesh"]).devices and max(turn["peaks"]) == row["peak_bytes"] > 50 << 20
+        assert bool(row["formula"]) == bool(sum(turn["sent"].values())) == several
+        for axis in {*row["formula"], *turn["sent"]}:  # the loss and the gradient's norm are two numbers more
+            assert 0 <= turn["sent"].get(axis, 0) - row["formula"].get(axis, 0) <= 16, (row["contender"], axis)
+        if several and turn["loopback"] is not None:  # which others use too
+            assert turn["loopback"] > 0.99 * sum(turn["sent"].values())
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [row["contender"] for row in rows]
+    assert list(tmp_path.iterdir()) == [result]
+
+
+def test_the_formula_is_that_of_rings():
+    """Worked out by hand for a model whose rows every axis divides, so that nothing is filled up."""
+    loaded, _ = configurator.load([*DIVISIBLE, "vocab_size=512", "dtype=float32", "tie_word_embeddings=true"])
+    model = loaded.model_config(512)
+    C, N, L = 32, 2 * 32, 2
+    block, outside = 12 * C * C + 2 * C, 512 * C + 32 * C + C
+    whole, tokens = L * block + outside, 4 * N  # of all four micro-batches
+    assert mesh.by_formula(loaded, model, Mesh()) == {}
+    assert mesh.by_formula(loaded, model, Mesh(dp=4)) == {"dp": 2 * 3 / 4 * 4 * whole}
+    gathered = 4 * (2 * L * block + outside)
+    assert mesh.by_formula(loaded, model, Mesh(fsdp=2)) == {"fsdp": (2 * gathered + 4 * whole) / 2}
+    sums = 4 * C * (4 * L + 2) + 3 * 4  # a block has two each way; embedding, head, and the loss's three numbers
+    assert mesh.by_formula(loaded, model, Mesh(tp=2)) == {"tp": 2 * tokens * sums / 2}
+    block, outside = 6 * C * C + 2 * C, 256 * C + 32 * C + C  # tp leaves norms and positions whole
+    both = {"fsdp": (2 * 4 * (2 * L * block + outside) + 4 * (L * block + outside)) / 2, "tp": tokens * sums / 2}
+    assert mesh.by_formula(loaded, model, Mesh(fsdp=2, tp=2)) == both
+
+
+def test_a_collective_whose_bytes_are_not_known_is_not_passed_over():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(AssertionError, match="broadcast_, and its bytes are not counted"), mesh.Wires(Ranks()):
+            dist.broadcast(torch.zeros(3), 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_mesh_larger_than_this_machine_is_planned_without_a_process(monkeypatch, capsys):
+    options = ["--preset=large", "--gradient_accumulation_steps=16", "--plan=[[8, 2], ['fsdp', 'tp']]"]
+    monkeypatch.setattr(sys, "argv", ["mesh.py", *options])
+    assert mesh.main() == 0
+    said = capsys.readouterr().out
+    assert "354,551,808 parameters, 16 processes as fsdp 8 x tp 2, bfloat16\n" in said
+    assert "a step: 65,536 tokens, 2 x 4 x 1024 a process\n" in said and "a step: fsdp 1,7" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--processes=2,3"], "--processes 3: there are meshes for 1, 2, 4"),
+        (["--steps=0"], "--rounds 3 and --steps 0: both must be at least 1"),
+        (["--preset=small"], "tp=2 does not divide n_head=5"),
+        (["--gradient_accumulation_steps=2"], "must be a multiple of the 4 processes"),
+        (["--plan=[[2],['pp']]"], "axis 'pp' is none of dp, fsdp, tp"),
+    ],
+)
+def test_an_option_of_the_meshes_that_cannot_be_is_one_message(options, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mesh.py", *options])
+    assert mesh.main() == 1
+    assert sentence in capsys.readouterr().err

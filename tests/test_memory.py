@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from registry.memory import (
     PROCESS,
     Fitting,
     Plan,
+    _items_table,
     estimate,
     heap_holes,
     itemised,
@@ -275,6 +277,17 @@ def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
     assert text.startswith(f"{folder}: LoRA rank 4, 2 x 64 tokens, bfloat16\n") and "11 GB card" in text
     for item in own.items:
         assert f"\n{item.name} " in text
+
+
+def test_what_only_one_of_two_devices_holds_at_its_fullest_moment_is_zero_on_the_other():
+    card, process = (
+        SimpleNamespace(estimate=estimate(GPTConfig(32, 64, 4, 4, 32), batch_size=2, block_size=32, cuda=cuda))
+        for cuda in (True, False)
+    )
+    assert card.estimate["logits"] > 0 and process.estimate["logits"] == 0
+    for pair in ((card, process), (process, card)):
+        names = [line.split()[0] for line in _items_table(*pair).splitlines()]
+        assert "logits" in names and names[-3:] == ["overhead", "total", "overhead"]
 
 
 def test_a_mesh_has_numbers_for_each_of_its_cards(folder, capsys):
