@@ -2,7 +2,8 @@
 
 Over the axes dp and fsdp it is FSDP2's (`fully_shard`), block by block: shards of the parameters, gathered for as long
 as a block computes, and the gradients' mean. Over tp it is Megatron's division (Shoeybi et al. 2019, arXiv 1909.08053):
-heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward and two backward.
+heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward, and backward one for each
+layer that is cut by its outputs: two in GPT-2's block, five in Llama's.
 
 tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are one matrix of which a rank needs three
 stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
