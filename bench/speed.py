@@ -153,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         (speed, slow, fast), (ratio, low, high) = row["tokens_per_second"].values(), row["ratio"].values()
         loss, norm = row["turns"][0]["losses"][0], row["turns"][0]["norms"][0]
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
-        norm = "" if norm is None else f"{norm:.5f}"
+        norm = "-" if norm is None else f"{norm:.5f}"
         lines.append(
             f"| {row['contender']} | {row['dtype']} | {speed:,.0f} | {slow:,.0f} - {fast:,.0f} | {ratio:.2f} | "
             f"{low:.2f} - {high:.2f} | {share} | {row['peak_bytes'] / 2**20:,.0f} | {loss:.5f} | {norm} |"
