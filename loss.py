@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = padded[:, :V]
             torch.mm(x[rows], weight.t(), out=logits)
             target = targets[rows].where(counted[rows], 0)
-            # No product: autocast would round that.
+            # Not as a matrix product: autocast would round that.
             loss += (_losses(logits, target, wide, for_x or for_weight) * share[rows]).sum()
             if for_x:
                 torch.mm(logits, weight, out=dx[rows])

@@ -11,7 +11,8 @@ from model import GPT
 
 
 class Together:
-    """Several optimizers in the place of one. Their groups carry `relative`: their rate, as a multiple of the run's."""
+    """Several optimizers in the place of one: what the Trainer and a GradScaler ask of it, and no more. A group's
+    `relative` is its rate as a multiple of the run's, 1 where there is none."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts

@@ -10,6 +10,8 @@ weights of a row share a scale, and the activations are rounded to bfloat16.
 import torch
 from torch import Tensor, nn
 
+from device import pick_dtype
+
 LARGEST = torch.finfo(torch.float16).max
 
 
@@ -51,6 +53,14 @@ def can_pack(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
+def pick_weights(name: str, device: torch.device) -> tuple[str, bool]:
+    """What `auto` means for weights that only generate, and whether they are packed: float16 where that is possible,
+    else what training would take."""
+    if name == "auto":
+        name = "float16" if can_pack(device) else pick_dtype("auto", device)[0]
+    return name, name == "int8" or (name == "float16" and can_pack(device))
+
+
 def pack(model: nn.Module, dtype: str = "float16") -> nn.Module:
     """Hold the weights of a model's linear layers as `dtype`, float16 or int8, in place; for inference only.
 
@@ -62,6 +72,7 @@ def pack(model: nn.Module, dtype: str = "float16") -> nn.Module:
     model.float()
     for module in list(model.modules()):
         for name, layer in module.named_children():
+            # lora.py's layers are of another type: an adapter is merged first.
             if type(layer) is nn.Linear and layer.weight.abs().max() <= LARGEST:
                 setattr(module, name, KINDS[dtype](layer))
     return model

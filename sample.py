@@ -54,7 +54,7 @@ from torch import Tensor
 import lora
 import packed
 from checkpoint import TOKENIZER, CheckpointManager
-from device import DTYPES, pick_device, pick_dtype
+from device import DTYPES, pick_device
 from model import GPT
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
@@ -130,16 +130,12 @@ def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor | No
 
 def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
     """Hold the weights as `--dtype` says, adapters merged; tell stderr what int8 costs."""
-    device = model.final_norm.weight.device
-    packs = packed.can_pack(device)
-    if dtype == "auto":
-        dtype = "float16" if packs else pick_dtype("auto", device)[0]
-    packs = dtype == "int8" or (dtype == "float16" and packs)
+    dtype, packs = packed.pick_weights(dtype, model.final_norm.weight.device)
     whole = torch.float32 if packs else DTYPES[dtype]
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=whole)  # generates faster, and rounds once
     model.to(whole)
-    if packs and dtype == "int8":
+    if dtype == "int8":
         text = own_text(model, tokenizer)
         before, after = perplexity(model, text), perplexity(packed.pack(model, dtype), text)
         print(

@@ -22,7 +22,7 @@ import packed
 from configurator import RunConfig
 from data.batches import BlockSampler
 from data.tokens import Dataset
-from device import autocast, keep_freed_memory, pick_device, pick_dtype
+from device import autocast, keep_freed_memory, pick_device
 from distributed import Ranks
 from lora import LoRAConfig, apply_lora, lora_state_dict
 from model import GPT
@@ -175,9 +175,8 @@ def generation(
     text = torch.from_numpy(ids).to(device)
     prompt = text[: contender.rows, :PROMPT]
     model = model.to(device).eval()
-    if dtype == "auto":
-        dtype = "float16" if packed.can_pack(device) else pick_dtype("auto", device)[0]
-    if dtype in packed.KINDS and packed.can_pack(device):
+    dtype, packs = packed.pick_weights(dtype, device)
+    if packs:
         keep_freed_memory()
         packed.pack(model, dtype)
     else:
