@@ -34,7 +34,7 @@ from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
-from distributed import Ranks, is_lost_contact
+from distributed import Ranks, is_lost_contact, leave
 from logbook import Logbook, duration, plot_loss, read_metrics
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
@@ -471,4 +471,4 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*RUN))
+    leave(main(*RUN))

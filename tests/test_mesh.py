@@ -1,5 +1,6 @@
 """Several processes, one model: real ones, with gloo, on tiny models. They compute what one process computes."""
 
+import ctypes
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import files
 import train
 from checkpoint import CheckpointManager
 from data.tokens import load_dataset
-from distributed import Ranks
+from distributed import Ranks, leave
 from hugging_face import write_weights
 from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig
@@ -170,6 +171,44 @@ def _worker(rank, processes, port, results, work, arguments):
     if rank == 0:
         results.put(result)
     ranks.close()
+    leave(0)
+
+
+LETTING_GO = """
+import os, sys, warnings
+import torch
+import torch.distributed as dist
+from distributed import leave
+
+warnings.simplefilter("ignore")
+
+def let_go(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    sys.group = dist.group.WORLD  # held to the end, as DTensor holds those of a mesh
+    tensors = [torch.ones(4) for _ in range(20_000)]
+    work = dist.all_reduce_coalesced(tensors, async_op=True)
+    del tensors
+    work.wait()
+    del work
+    dist.barrier()
+    dist.destroy_process_group()
+    leave(0)
+
+for turn in range(10):
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            let_go(rank, f"{sys.argv[1]}-{turn}")
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], (turn, codes)
+"""
+
+
+def test_no_process_is_aborted_by_a_thread_that_still_lets_go_of_tensors(tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", LETTING_GO, str(tmp_path / "store")], env=environment, check=True)
 
 
 def trainer(ranks: Ranks, *settings: str) -> train.Trainer:
@@ -431,6 +470,7 @@ def memory_to_start(ranks: Ranks, warm: tuple[str, ...], settings: tuple[str, ..
     done.set()
     watching.join()
     assert kept.raw_model.config.n_layer == 12
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is yet in the heap is nobody's
     return ranks.gather((most - before, own_memory() - before))
 
 
@@ -452,7 +492,7 @@ def test_a_base_is_never_whole_in_a_process(dataset, tmp_path):
     begin = (*TRAINING, *here, f"init_from={tmp_path / 'base'}", "lora=true")
     for mesh in ("mesh_shape=[[4],['fsdp']]", "mesh_shape=[[4],['tp']]"):
         for most, kept in started(4, memory_to_start, (*STEPS, *here, mesh), (*begin, mesh)):
-            assert kept < 0.4 * size and most < 0.6 * size, (mesh, most / size, kept / size)
+            assert kept < 0.33 * size and most < 0.6 * size, (mesh, most / size, kept / size)
 
 
 def test_an_adapter_saved_by_a_mesh_opens_and_goes_on_like_one_of_a_process(bases, dataset, tmp_path):
