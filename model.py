@@ -123,12 +123,9 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normed(x, self.weight)
-
-    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.plus_one:
-            return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), self.eps).type_as(x)
-        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).type_as(x)
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
 
 
 class LlamaAttention(nn.Module):
@@ -149,7 +146,8 @@ class LlamaAttention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         rotation = now.rotations[self.config.is_local(self.layer)]
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        # The norms' weights are wider than a product under autocast; attention is not to be.
+        q, k = (rotate(x, rotation).type_as(v) for x in (q, k))
         return self.o_proj(see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0))
 
 

@@ -2,8 +2,9 @@
 
 Over the axes dp and fsdp it is FSDP2's (`fully_shard`), block by block: shards of the parameters, gathered for as long
 as a block computes, and the gradients' mean. Over tp it is Megatron's division (Shoeybi et al. 2019, arXiv 1909.08053):
-heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward, and backward one for each
-layer that is cut by its outputs: two in GPT-2's block, five in Llama's.
+heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward and two backward. What all
+ranks of tp have and each uses for its own heads, say the weights of a norm of queries, gets a part of its gradient on
+each, and these are summed once a step (`partial`).
 
 tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are one matrix of which a rank needs three
 stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
@@ -28,10 +29,12 @@ import lora
 from device import DTYPES
 from distributed import Ranks
 from loss_in_shares import cross_entropy_in_shares, linear_cross_entropy_in_shares
-from model import GPT, IGNORE_INDEX, KVCache, RMSNorm, logits_of
+from model import GPT, IGNORE_INDEX, KVCache, logits_of
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
 ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
+HEAD_NORMS = ("q_norm", "k_norm")
+READERS = ("attn", "self_attn", "mlp", "lm_head")  # in which ranks compute different things, of what all have
 PARTS = {"c_attn": 3}  # matrices that lie in one, each of which is cut
 
 
@@ -76,11 +79,6 @@ class InShares:
     group: dist.ProcessGroup
 
 
-class ColumnLinear(InShares, nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(Split.apply(input, self.group))
-
-
 class RowLinear(InShares, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         y = Join.apply(F.linear(input, self.weight), self.group)
@@ -96,21 +94,9 @@ class RowsOfEmbedding(InShares, nn.Embedding):
         return Join.apply(F.embedding(own.where(here, 0), self.weight) * here[..., None], self.group)
 
 
-class ColumnAdapter(InShares, lora.Adapter):
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        return Split.apply(super().down(x, A), self.group)
-
-
 class RowAdapter(InShares, lora.Adapter):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return Join.apply(super().down(x, A), self.group)
-
-
-class HeadNorm(InShares, RMSNorm):
-    """Of queries or keys: one weight for all heads, of which every rank has some."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normed(x, Split.apply(self.weight, self.group))
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -133,7 +119,7 @@ class GPTInShares(InShares, GPT):
 
     def loss(self, x: Tensor, targets: Tensor, only_loss: bool) -> tuple[Tensor | None, Tensor]:
         x, flat, first, cap = x.flatten(0, 1), targets.flatten(), self.embedding.first, self.config.logit_softcap
-        if type(self.lm_head) is ColumnLinear and cap is None:
+        if type(self.lm_head) is nn.Linear and cap is None:
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             split, weight = Split.apply(x.to(dtype), self.group), self.lm_head.weight.to(dtype)
@@ -191,6 +177,14 @@ def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
     return found
 
 
+def partial(model: GPT, held: dict[str, Cut]) -> list[str]:
+    """The parameters of which all ranks of a tp group have the whole and each a part of the gradient: norms of queries
+    and keys, keys and values with fewer heads than ranks, and the first matrix of an adapter that is cut by outputs."""
+    layers = {path: layer for path, layer in model.named_modules() if path.split(".")[-1] in (*COLUMN, *HEAD_NORMS)}
+    names = [f"{path}.{own}" for path, layer in layers.items() for own, _ in layer.named_parameters()]
+    return [name for name in names if name not in held]
+
+
 def _serves_several(name: str, model: GPT, tp: int) -> bool:
     """Whether keys and values have fewer heads than there are ranks: each rank then computes all, and takes its own."""
     return name in ("k_proj", "v_proj") and model.config.kv_heads % tp != 0
@@ -200,35 +194,29 @@ def _share_layers(model: GPT, ranks: Ranks) -> None:
     """Give layers the classes that compute shares."""
     tp, group = ranks.mesh.tp, ranks.group("tp")
     for path, layer in list(model.named_modules()):
-        name, adapter = path.split(".")[-1], None
-        if layer is model.embedding:
-            kind = RowsOfEmbedding
-            layer.first = vocabulary_share(model.config.vocab_size, tp, ranks.tp_rank).start
-        elif _serves_several(name, model, tp):
+        name = path.split(".")[-1]
+        if name in READERS:
+            layer.register_forward_pre_hook(lambda _layer, given: (Split.apply(given[0], group), *given[1:]))
+        if _serves_several(name, model, tp):
             layer.register_forward_hook(_own_head(model, ranks))
-            continue
-        elif name in COLUMN:
-            kind, adapter = ColumnLinear, ColumnAdapter
+        elif layer is model.embedding:
+            lora.change_class(layer, RowsOfEmbedding)
+            layer.group, layer.first = group, vocabulary_share(model.config.vocab_size, tp, ranks.tp_rank).start
         elif name in ROW:
-            kind, adapter = RowLinear, RowAdapter
-        elif name in ("q_norm", "k_norm"):
-            kind = HeadNorm
-        else:
-            continue
-        lora.change_class(layer, kind)
-        layer.group = group
-        for part in layer.lora.values() if adapter and isinstance(layer, lora.Adapted) else ():
-            part.__class__, part.group = adapter, group
+            lora.change_class(layer, RowLinear)
+            layer.group = group
+            for part in layer.lora.values() if isinstance(layer, lora.Adapted) else ():
+                part.__class__, part.group = RowAdapter, group
     model.__class__, model.group = GPTInShares, group
 
 
 def _own_head(model: GPT, ranks: Ranks) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A hook behind a projection that every rank computes: of its (B, T, K * D), the head of this rank's queries."""
-    D, group = model.config.D, ranks.group("tp")
+    D = model.config.D
     head = ranks.tp_rank * model.config.kv_heads // ranks.mesh.tp
 
     def take(_layer, _input, y: Tensor) -> Tensor:
-        return Split.apply(y, group)[..., head * D : (head + 1) * D]
+        return y[..., head * D : (head + 1) * D]
 
     return take
 

@@ -22,7 +22,7 @@ from configurator import RunConfig
 from distributed import Ranks
 from model import GPT
 from model_directory import SHARDS
-from parallel import Cut, parallelize
+from parallel import Cut, parallelize, partial
 from state_in_shares import Pieces, load, put_together, stage
 
 
@@ -37,6 +37,7 @@ class Shares:
         self.fingerprint = adapters.fingerprint_of(model) if adapted and ranks.main else None
         compiled = config.compile == "true"
         self.held = parallelize(model, ranks, device, config.dtype, compiled=compiled, drawn=drawn)
+        self.partial = partial(model, self.held) if ranks.mesh.tp > 1 else []
         # What is saved of it, by parameter: an adapter alone, under the names of `lora.lora_state_dict`.
         self.saved = {name: name for name in self.shapes}
         if adapted:
@@ -57,13 +58,17 @@ class Shares:
         return all(self.ranks.gather(own))
 
     def clip_gradients(self, largest: float) -> float:
-        """Scale the gradients so that their norm is at most `largest`, and return what it was: that of the whole model,
-        in which what several ranks hold counts once."""
-        gradients, counted = [], []
-        for name, parameter in self.parameters().items():
-            if parameter.grad is not None:
-                gradients.append(parameter.grad.to_local())
-                counted += gradients[-1:] if name in self.held or self.ranks.tp_rank == 0 else []
+        """Complete the gradients, scale them so that their norm is at most `largest`, and return what it was: that of
+        the whole model, in which what several ranks hold counts once."""
+        trained = {name: p.grad.to_local() for name, p in self.parameters().items() if p.grad is not None}
+        parts = [trained[name] for name in self.partial if name in trained]
+        if parts:
+            total = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(total, group=self.ranks.group("tp"))
+            for part, own in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+                part.copy_(own.view_as(part))
+        gradients = list(trained.values())
+        counted = [g for name, g in trained.items() if name in self.held or self.ranks.tp_rank == 0]
         square = torch.zeros((), device=gradients[0].device)
         if counted:
             square += torch.stack(torch._foreach_norm(counted)).square().sum()

@@ -42,7 +42,7 @@ from files import write_atomic
 from logbook import duration
 from mesh import AXES, Mesh, mesh_problems
 from model import GPT, GPTConfig
-from parallel import COLUMN, cuts
+from parallel import cuts, partial
 from preflight import count_parameters
 
 MB = 10**6
@@ -96,8 +96,9 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
 
     fsdp: in every micro-batch the blocks' weights are gathered twice, forward and backward, and the others once; at the
     end of the step all gradients are summed and scattered, in float32. dp: those sums are summed again. tp: each block
-    sums what its two branches give, forward, and backward the gradient of what each layer in COLUMN has read; the
-    embedding is summed forward, the head's input backward, and the loss takes three numbers a token.
+    sums what its two branches give, forward, and backward the gradients of what they have read, in float32; the
+    embedding is summed forward, the head's input backward, and the loss takes three numbers a token. At the end of the
+    step gradients are summed of which each rank has a part.
     """
     with torch.device("meta"):
         model = GPT(architecture)
@@ -113,19 +114,15 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
     micro, half = config.micro_batches // mesh.readers, 2 if config.dtype == "bfloat16" else 4
     gradients, tokens = 4 * (blocks + outside), config.batch_size * config.block_size
     sent = {"dp": 2 * gradients / mesh.fsdp, "fsdp": micro * half * (2 * blocks + outside) + gradients}
-    sent["tp"] = 2 * micro * _along_tp(model, mesh.tp, tokens, half)
+    C, L = architecture.n_embd, architecture.n_layer
+    parts = sum(first_share(model.get_parameter(name), mesh.fsdp) for name in partial(model, held))
+    sent["tp"] = 2 * micro * tokens * (L * 2 * C * (half + 4) + 2 * C * half + 3 * 4) + 2 * 4 * parts
     return {axis: sent[axis] * (n - 1) / n for axis in AXES if (n := getattr(mesh, axis)) > 1}
 
 
-def _along_tp(model: GPT, tp: int, tokens: int, half: int) -> int:
-    """Bytes of the sums of a micro-batch."""
-    config, C = model.config, model.config.n_embd
-    readers, heads = sum(name.split(".")[-1] in COLUMN for name, _ in model.blocks[0].named_modules()), 0
-    if config.block == "llama" and config.kv_heads % tp:  # all compute keys and values, and sum the gradients of these
-        readers, heads = readers - 2, 2 * config.kv_heads * config.D
-    norms = 2 * config.D * half if config.qk_norm else 0  # their weights' gradients
-    block = tokens * (2 * C * half + readers * C * 4 + heads * half) + norms
-    return config.n_layer * block + tokens * (2 * C * half + 3 * 4)
+def first_share(parameter: Tensor, fsdp: int) -> int:
+    """How many of its numbers the first of the fsdp ranks has."""
+    return -(-len(parameter) // fsdp) * parameter[0].numel()
 
 
 def loopback() -> int | None:
