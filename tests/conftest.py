@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several tests on one core wait for each other ten times as long
+    os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from data.tokens import write_dataset

@@ -135,6 +135,16 @@ def test_attention_by_products_is_as_near_to_the_exact_one_as_its_precision_allo
     assert not torch.allclose(dropped, found, atol=1e-2)
 
 
+def test_attention_is_by_products_behind_norms_of_queries_in_float32(monkeypatch):
+    seen, by_products = [], attention._attend_by_products
+    monkeypatch.setattr(attention, "_attend_by_products", lambda *given: seen.append(given) or by_products(*given))
+    block = {"block": "llama", "activation": "silu", "qk_norm": True}
+    model = GPT(GPTConfig(32, V, 2, 2, C, bias=False, tie_word_embeddings=False, **block))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randint(V, (2, 16)))
+    assert [{x.dtype for x in (q, k, v)} for q, k, v, *_ in seen] == [{torch.bfloat16}] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["small", "modern"])
 def test_in_bfloat16_a_run_learns_as_in_float32(preset, dataset, tmp_path):
