@@ -176,7 +176,10 @@ class Trainer:
             self.shares.agree_on_overflow(self.scaler, self.optimizer)
             norm = self.shares.clip_gradients(largest)
         else:
-            norm = nn.utils.clip_grad_norm_(self.raw_model.parameters(), largest).item()
+            weights = [p for p in self.raw_model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in weights]).item()
+            if norm > largest:
+                nn.utils.clip_grads_with_norm_(weights, largest, torch.tensor(norm))
         # float16's scaler meets infinite gradients as a matter of course: it skips the step and lowers its scale.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._not_finite(f"the loss is {loss} and the gradient's norm {norm}", rate)

@@ -347,6 +347,15 @@ def test_weight_decay_is_on_matrices_only(dataset, tmp_path):
     assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(list(run.raw_model.parameters()))
 
 
+@pytest.mark.parametrize("clip", [0.01, 100.0])
+def test_gradients_are_scaled_down_to_grad_clip_and_not_up(dataset, tmp_path, clip):
+    run, seen = trainer(dataset, tmp_path / "x", f"grad_clip={clip}"), []
+    weights = list(run.raw_model.parameters())
+    run.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in weights]).norm()))
+    _, _, norm = run.step()
+    assert 0.01 < norm < 100 and seen[0] == pytest.approx(min(norm, clip), rel=1e-4)
+
+
 @pytest.mark.parametrize("preset", ["small", "modern"])
 def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(dataset, tmp_path, preset):
     """Beside torch's two optimizers, each on its own weights."""
