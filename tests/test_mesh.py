@@ -410,14 +410,20 @@ def bases(dataset, tmp_path_factory) -> dict[str, Path]:
         ours = folder / kind.replace(" ", "-")
         part_of_a_run(Ranks(), 2, *STEPS, f"dataset={dataset}", f"out_dir={ours}", *settings)
         theirs = folder / f"hf-{ours.name}"
-        model = CheckpointManager.load_model(ours)[0].to(torch.bfloat16)
-        theirs.mkdir()
-        (theirs / "config.json").write_text(json.dumps(families.hf_config(model.config)))
-        (theirs / "tokenizer.json").write_bytes((ours / "tokenizer.json").read_bytes())
-        with open(theirs / "model.safetensors", "wb") as file:
-            write_weights(file, model)
+        write_base(theirs, CheckpointManager.load_model(ours)[0].to(torch.bfloat16), dataset)
         found |= {kind: ours, f"hf {kind}": theirs}
+    found["hf two keys"] = folder / "hf-two-keys"
+    shape = {"block": "llama", "activation": "silu", "bias": False, "n_kv_head": 2}
+    write_base(found["hf two keys"], GPT(GPTConfig(32, load_dataset(dataset).vocab_size, 2, 4, 32, **shape)), dataset)
     return found
+
+
+def write_base(folder: Path, model: GPT, dataset: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(families.hf_config(model.config)))
+    (folder / "tokenizer.json").write_bytes((dataset / "tokenizer.json").read_bytes())
+    with open(folder / "model.safetensors", "wb") as file:
+        write_weights(file, model)
 
 
 TRAINING = tuple(s for s in STEPS if not s.startswith(("n_", "bias", "block_size")))
@@ -427,12 +433,17 @@ ADAPTED = {
     "llama": (*LORA, "lora_targets=all"),
     "hf llama tied": (*LORA, "lora_targets=q_proj,v_proj,down_proj,lm_head", "lora_untie=true"),
     "hf gpt2": (*TRAINING, "block_size=32"),
+    "hf two keys": (*LORA, "lora_targets=all-linear", "learning_rate=3e-3"),  # with tp 4, each of which serves two ranks
 }
 
 
 @pytest.mark.parametrize(
     ("processes", "models"),
-    [(2, SOME), pytest.param(4, SOME, marks=SLOW), pytest.param(2, ("hf llama tied", "hf gpt2"), marks=SLOW)],
+    [
+        (2, SOME),
+        pytest.param(4, (*SOME, "hf two keys"), marks=SLOW),
+        pytest.param(2, ("hf llama tied", "hf gpt2"), marks=SLOW),
+    ],
 )
 def test_adapters_and_fine_tuning_are_what_they_are_in_one_process(bases, dataset, tmp_path, processes, models):
     here = f"dataset={dataset}", f"out_dir={tmp_path / 'x'}"
@@ -483,11 +494,7 @@ def own_memory() -> int:
 def test_a_base_is_never_whole_in_a_process(dataset, tmp_path):
     vocab_size = load_dataset(dataset).vocab_size
     model = GPT(GPTConfig(64, vocab_size, 12, 8, 512, block="llama", activation="silu", bias=False, n_inner=2048))
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps(families.hf_config(model.config)))
-    (tmp_path / "base" / "tokenizer.json").write_bytes((dataset / "tokenizer.json").read_bytes())
-    with open(tmp_path / "base" / "model.safetensors", "wb") as file:
-        write_weights(file, model)
+    write_base(tmp_path / "base", model, dataset)
     size, here = 4 * model.num_params(), (f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
     begin = (*TRAINING, *here, f"init_from={tmp_path / 'base'}", "lora=true")
     for mesh in ("mesh_shape=[[4],['fsdp']]", "mesh_shape=[[4],['tp']]"):
