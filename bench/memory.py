@@ -52,6 +52,7 @@ class Run(NamedTuple):
     block_size: int
     dtype: str
     micro_batches: int = 2
+    recompute: bool = False
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -66,6 +67,7 @@ class Run(NamedTuple):
             dtype=self.dtype,
             gradient_accumulation_steps=self.micro_batches,
             cuda=False,
+            activation_checkpointing=self.recompute,
         )
 
 
@@ -88,6 +90,8 @@ RUNS = [
     Run("deep gpt2", DEEP_GPT2, 8, 4, 512, "bfloat16"),
     Run("deep llama", DEEP_LLAMA, None, 4, 512, "bfloat16"),
     Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32"),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "bfloat16", recompute=True),
+    Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32", recompute=True),
     Run("medium", MEDIUM, None, 2, 256, "bfloat16"),
     Run("medium", MEDIUM, 16, 2, 256, "float32"),
     Run("gemma3-270m", PRESETS["gemma3-270m"], 8, 1, 256, "float32"),
@@ -104,7 +108,8 @@ def measure(run: Run, kept: bool = True, steps: int = 3) -> tuple[int, int]:
     idle = _resident()
     with tempfile.TemporaryDirectory() as folder:
         settings = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.micro_batches, "out_dir": folder}
-        config = RunConfig(**settings, dtype=run.dtype, device="cpu", compile="false")
+        settings |= {"dtype": run.dtype, "activation_checkpointing": run.recompute}
+        config = RunConfig(**settings, device="cpu", compile="false")
         config = config.resolved(run.architecture, block_size=run.block_size)
         count = steps * run.micro_batches * run.batch_size * run.block_size + run.block_size + 1
         ids = np.random.default_rng(0).integers(run.architecture.vocab_size, size=count)
@@ -148,7 +153,8 @@ def compare(run: Run, rounds: int) -> dict[str, Any]:
     idle, buffers = in_fresh_process(run, kept=False)
     peaks = [sum(in_fresh_process(run)) for _ in range(rounds)]
     return {
-        "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}",
+        "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}"
+        + ", recomputed" * run.recompute,
         "batch": f"{run.micro_batches} x {run.batch_size} x {run.block_size}",
         "idle": idle,
         "buffers": buffers,

@@ -94,6 +94,12 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
         default=RunConfig.gradient_accumulation_steps,
         help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
     )
+    memory.add_argument(
+        "--activation_checkpointing",
+        choices=("true", "false"),
+        default="false",
+        help="of train.py: keep only what goes into each block, and compute the rest again in the backward pass",
+    )
     memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")
     memory.add_argument(
         "--table", action="store_true", help="the Gemma 3 table of agent-tunix beside what is counted here"

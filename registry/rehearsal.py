@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -41,6 +43,7 @@ class Rehearsal:
     weights: int  # bytes
     parameters: int
     trainable: int
+    block: int  # parameters of one
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
     moves: tuple[int, ...]
@@ -80,7 +83,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.weights = {id(p.untyped_storage()) for p in model.parameters()}
         self.shapes = {p.shape for p in model.parameters() if p.dim() == 2 and p.requires_grad and len(p) != tokens}
-        self.logits = tokens, model.config.vocab_size
+        self.logits = tokens, len(model.lm_head.weight)
         self.sizes, self.kinds, self.moves = [], [], []
         self.numbers = dict.fromkeys(self.weights, -1)  # of the storages that are there, by id
 
@@ -145,6 +148,33 @@ class CudaAttention(TorchFunctionMode):
             return func(q, k, v, mask, dropout, **kwargs)
 
 
+class Alone(dist.ProcessGroup):
+    """A tp group with one rank that is there: what would be summed comes back at once. It is the last rank, for of a
+    vocabulary that does not divide this has a row more."""
+
+    def __init__(self, tp: int):
+        super().__init__(tp - 1, tp)
+
+    def allreduce(self, _tensors, _options):
+        return SimpleNamespace(wait=lambda: None)
+
+    allgather = allreduce
+
+
+def _share(config: GPTConfig, lora: LoRAConfig | None, tp: int, dtype: str = "float32") -> GPT:
+    """The model of one rank of tp, with adapters beside which what is frozen is in `dtype`."""
+    model = GPT(config)
+    if lora is not None:
+        apply_lora(model, lora)
+        if dtype == "bfloat16":
+            round_frozen(model, torch.bfloat16)
+    if tp > 1:
+        from parallel import take_share  # FSDP2 takes half a second to import, which one device can do without
+
+        take_share(model, Alone(tp))
+    return model
+
+
 def rehearse_step(
     config: GPTConfig,
     lora: LoRAConfig | None,
@@ -153,20 +183,19 @@ def rehearse_step(
     dtype: str,
     micro_batches: int,
     cuda: bool = False,
+    tp: int = 1,
+    recompute: bool = False,
 ) -> Rehearsal:
-    """Two steps of train.py's Trainer. `dtype` is one of device.DTYPES.
+    """Two steps of train.py's Trainer, on one of `tp` ranks. `dtype` is one of device.DTYPES.
 
     The first, of one micro-batch, only leaves the optimizer's moments behind. From a step's second micro-batch on,
     gradients are there before the forward pass; so two of them show what any number needs.
     """
     with FakeTensorMode(), CudaAttention(dtype) if cuda else nullcontext(), _own_buffer():
-        model = GPT(config)
+        model = _share(config, lora, tp, dtype)
+        model.recompute = recompute
         if cuda:
             model._fused_loss = lambda x, targets: None  # a processor's way too
-        if lora is not None:
-            apply_lora(model, lora)
-            if dtype == "bfloat16":
-                round_frozen(model, torch.bfloat16)
         dense = [] if cuda else model.give_rows()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
@@ -201,7 +230,13 @@ def _own_buffer() -> Iterator[None]:
 
 
 def rehearse_generation(
-    config: GPTConfig, lora: LoRAConfig | None, batch_size: int, block_size: int, dtype: str, cuda: bool = False
+    config: GPTConfig,
+    lora: LoRAConfig | None,
+    batch_size: int,
+    block_size: int,
+    dtype: str,
+    cuda: bool = False,
+    tp: int = 1,
 ) -> Rehearsal:
     """Reading a prompt of block_size - 1 tokens into a cache with room for one more: the fullest moment of a text that
     fills the context. The weights are in `dtype`; what packed.py holds of float16 keeps the embeddings in float32."""
@@ -209,9 +244,7 @@ def rehearse_generation(
     torch.set_default_dtype(DTYPES[dtype])  # fake weights cannot be cast after they were made
     try:
         with FakeTensorMode(), torch.no_grad(), CudaAttention(dtype) if cuda else nullcontext():
-            model = GPT(config).eval()
-            if lora is not None:
-                apply_lora(model, lora)
+            model = _share(config, lora, tp).eval()
             with Ledger(model, batch_size) as ledger:
                 cache = model.new_cache(batch_size, block_size)
                 prompt = torch.zeros(batch_size, max(1, block_size - 1), dtype=torch.long)
@@ -229,6 +262,7 @@ def _written(model: GPT, ledger: Ledger, again: int) -> Rehearsal:
         weights=sum(p.nbytes for p in parameters),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        block=sum(p.numel() for p in model.blocks[0].parameters()),
         sizes=tuple(ledger.sizes),
         kinds=tuple(ledger.kinds),
         moves=_ordered(ledger.moves),
