@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -117,35 +116,28 @@ class Ledger(TorchDispatchMode):
         self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
 
-class CudaAttention(TorchFunctionMode):
+@contextmanager
+def cuda_attention(dtype: str) -> Iterator[None]:
     """Lets attention be computed as on a card, with its whole matrix of weights where no fused kernel takes the call.
 
     Flash attention takes no mask and no float32, and the memory-efficient kernel no grouped keys (PyTorch's
     sdp_utils.cpp): grouped keys with a mask, or in float32, leave the plain formula. cuDNN has a kernel for some of
-    these; whether it is taken depends on the card, so here it is not.
+    these; whether it is taken depends on the card, so here it is not. No TorchFunctionMode does this: a block that is
+    computed again, in the backward pass, is out of its reach.
     """
 
-    def __init__(self, dtype: str):
-        super().__init__()
-        self.half = dtype != "float32"
-
-    def __enter__(self):
-        self.short, attention.SHORT = attention.SHORT, 0  # by products is a processor's way
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        attention.SHORT = self.short
-        return super().__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v, mask, dropout = args
-        if not kwargs["enable_gqa"] or (mask is None and self.half):
-            return func(q, k, v, mask, 0.0, **kwargs)  # these kernels do dropout without its matrix, the CPU's do not
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, **options) -> Tensor:
+        if not options["enable_gqa"] or (mask is None and dtype != "float32"):
+            return plain(q, k, v, mask, 0.0, **options)  # these kernels do dropout without its matrix, the CPU's do not
         with sdpa_kernel(SDPBackend.MATH):
-            return func(q, k, v, mask, dropout, **kwargs)
+            return plain(q, k, v, mask, dropout, **options)
+
+    plain, short = F.scaled_dot_product_attention, attention.SHORT
+    F.scaled_dot_product_attention, attention.SHORT = attend, 0  # by products is a processor's way
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, attention.SHORT = plain, short
 
 
 class Alone(dist.ProcessGroup):
@@ -155,7 +147,7 @@ class Alone(dist.ProcessGroup):
     def __init__(self, tp: int):
         super().__init__(tp - 1, tp)
 
-    def allreduce(self, _tensors, _options):
+    def allreduce(self, *_arguments):
         return SimpleNamespace(wait=lambda: None)
 
     allgather = allreduce
@@ -191,7 +183,7 @@ def rehearse_step(
     The first, of one micro-batch, only leaves the optimizer's moments behind. From a step's second micro-batch on,
     gradients are there before the forward pass; so two of them show what any number needs.
     """
-    with FakeTensorMode(), CudaAttention(dtype) if cuda else nullcontext(), _own_buffer():
+    with FakeTensorMode(), cuda_attention(dtype) if cuda else nullcontext(), _own_buffer():
         model = _share(config, lora, tp, dtype)
         model.recompute = recompute
         if cuda:
@@ -243,7 +235,7 @@ def rehearse_generation(
     usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])  # fake weights cannot be cast after they were made
     try:
-        with FakeTensorMode(), torch.no_grad(), CudaAttention(dtype) if cuda else nullcontext():
+        with FakeTensorMode(), torch.no_grad(), cuda_attention(dtype) if cuda else nullcontext():
             model = _share(config, lora, tp).eval()
             with Ledger(model, batch_size) as ledger:
                 cache = model.new_cache(batch_size, block_size)
