@@ -184,7 +184,7 @@ def compare(run: Run, rounds: int) -> dict[str, Any]:
     return {
         "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}"
         + ", recomputed" * run.recompute
-        + f", {run.mesh}" * (run.mesh.devices > 1),
+        + "".join(f", {axis} {size}" for axis, size in vars(run.mesh).items() if size > 1),
         "batch": f"{run.micro_batches} x {run.batch_size} x {run.block_size}",
         "idle": idle,
         "buffers": buffers,

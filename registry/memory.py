@@ -205,7 +205,9 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
 
 def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
     """How much larger than its buffers the heap gets, as a share of them. Generating leaves none."""
-    return 0.0 if plan.generate else heap_peak(rehearsal) / sum(rehearsal.peak({}).values()) - 1
+    if plan.generate:
+        return 0.0
+    return heap_peak(rehearsal, plan.activation_checkpointing) / sum(rehearsal.peak({}).values()) - 1
 
 
 def _gathered(plan: Plan, rehearsal: Rehearsal) -> int:

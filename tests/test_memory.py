@@ -84,10 +84,13 @@ def test_one_micro_batch_has_no_gradients_waiting():
     assert one.total < four.total and one["optimizer"] == four["optimizer"]
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("lora", [None, LoRAConfig(4)], ids=["full", "lora"])
 @pytest.mark.parametrize("config", [GPT2, replace(LLAMA, sliding_window=16, qk_norm=True)], ids=["gpt2", "llama"])
-def test_two_rehearsals_give_that_of_any_batch_on_a_card(config, lora):
-    two, three, one, seven = (rehearse_step(config, lora, n, 64, "bfloat16", 2, cuda=True) for n in (2, 3, 1, 7))
+def test_two_rehearsals_give_that_of_any_batch_on_a_card(config, lora, recompute):
+    two, three, one, seven = (
+        rehearse_step(config, lora, n, 64, "bfloat16", 2, cuda=True, recompute=recompute) for n in (2, 3, 1, 7)
+    )
     assert with_batch(two, three, 7) == seven
     assert sum(with_batch(two, three, 1).peak({}).values()) == pytest.approx(sum(one.peak({}).values()), rel=0.02)
 
@@ -105,6 +108,16 @@ def test_a_card_computes_grouped_attention_under_a_mask_with_all_its_weights():
     scores = 4 * 4 * 4 * 64 * 64  # float32, batch, heads, queries, keys
     masked, causal = (estimate(config, **BATCH) for config in (windowed, LLAMA))
     assert masked["activations"] - causal["activations"] > windowed.n_layer * scores
+
+
+def test_attention_that_is_computed_again_has_its_weights_too_one_block_at_a_time():
+    config = replace(LLAMA, sliding_window=16, block_size=256, n_layer=6)
+    kept, again = (
+        estimate(config, batch_size=4, block_size=256, activation_checkpointing=on)["activations"]
+        for on in (False, True)
+    )
+    scores = 4 * 4 * 4 * 256 * 256  # float32, batch, heads, queries, keys
+    assert kept > 6 * scores and scores < again < kept / 2
 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -126,7 +139,7 @@ def test_checkpointing_keeps_what_goes_into_each_block_and_the_activations_of_on
         for on in (False, True)
     )
     block, entering = (kept[1] - kept[0]) / 4, 4 * 8 * 64 * config.n_embd
-    assert again[1] - again[0] == 4 * entering
+    assert again[1] - again[0] == pytest.approx(4 * entering, rel=0.001)  # each block has a few numbers of its own
     assert 8 * entering + 0.9 * block < again[1] < 8 * entering + 1.5 * block < kept[1] / 2
 
 
@@ -239,14 +252,12 @@ def test_what_cannot_be_is_refused():
 # ---- the heap
 
 
-class Dice:
-    def __init__(self, value):
-        self.random = lambda: value
+DICE = SimpleNamespace(random=lambda: 0.5)
 
 
 def test_a_heap_reuses_a_hole_unless_something_has_settled_beside_it():
     for pinned, expected in ((False, 2), (True, 3)):
-        own = heap.Heap(Dice(0.0 if pinned else 1.0))
+        own = heap.Heap(DICE, float(pinned))
         for n in (0, 1):
             own.allocate(n, 1000)
         own.release(*own.blocks.pop(0))
@@ -255,7 +266,7 @@ def test_a_heap_reuses_a_hole_unless_something_has_settled_beside_it():
 
 
 def test_a_heap_unites_holes_and_gives_back_only_mappings():
-    own = heap.Heap(Dice(1.0))
+    own = heap.Heap(DICE, 0.0)
     for n in (0, 1, 2):
         own.allocate(n, 1000)
     for n in (0, 1):
