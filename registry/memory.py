@@ -218,7 +218,8 @@ def _gathered(plan: Plan, rehearsal: Rehearsal) -> int:
     block = rehearsal.block
     outside = rehearsal.parameters - plan.config.n_layer * block
     trains = not (plan.lora or plan.generate)
-    weights = (2 * block + outside) * (2 if plan.shared_in_half else 4)
+    wide = plan.dtype == "float16" and not plan.generate  # they are gathered as they are, and autocast copies them
+    weights = (2 * block + outside) * (4 if wide else DTYPES[plan.dtype].itemsize)
     return weights + (4 * max(block, outside) if trains else 0)
 
 
