@@ -190,18 +190,18 @@ def _serves_several(name: str, model: GPT, tp: int) -> bool:
     return name in ("k_proj", "v_proj") and model.config.kv_heads % tp != 0
 
 
-def _share_layers(model: GPT, ranks: Ranks) -> None:
+def _share_layers(model: GPT, group: dist.ProcessGroup) -> None:
     """Give layers the classes that compute shares."""
-    tp, group = ranks.mesh.tp, ranks.group("tp")
+    tp, rank = group.size(), group.rank()
     for path, layer in list(model.named_modules()):
         name = path.split(".")[-1]
         if name in READERS:
             layer.register_forward_pre_hook(lambda _layer, given: (Split.apply(given[0], group), *given[1:]))
         if _serves_several(name, model, tp):
-            layer.register_forward_hook(_own_head(model, ranks))
+            layer.register_forward_hook(_own_head(model, group))
         elif layer is model.embedding:
             lora.change_class(layer, RowsOfEmbedding)
-            layer.group, layer.first = group, vocabulary_share(model.config.vocab_size, tp, ranks.tp_rank).start
+            layer.group, layer.first = group, vocabulary_share(model.config.vocab_size, tp, rank).start
         elif name in ROW:
             lora.change_class(layer, RowLinear)
             layer.group = group
@@ -210,15 +210,27 @@ def _share_layers(model: GPT, ranks: Ranks) -> None:
     model.__class__, model.group = GPTInShares, group
 
 
-def _own_head(model: GPT, ranks: Ranks) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _own_head(model: GPT, group: dist.ProcessGroup) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A hook behind a projection that every rank computes: of its (B, T, K * D), the head of this rank's queries."""
-    D = model.config.D
-    head = ranks.tp_rank * model.config.kv_heads // ranks.mesh.tp
+    D, head = model.config.D, group.rank() * model.config.kv_heads // group.size()
 
     def take(_layer, _input, y: Tensor) -> Tensor:
         return y[..., head * D : (head + 1) * D]
 
     return take
+
+
+def take_share(model: GPT, group: dist.ProcessGroup) -> None:
+    """Turn `model` into what this rank of a tp group has of it, in its dtypes: `parallelize` without fsdp."""
+    held = cuts(model, group.size(), group.rank())
+    _share_layers(model, group)
+    shares: dict[nn.Parameter, nn.Parameter] = {}
+    for name, whole in list(model.named_parameters(remove_duplicate=False)):
+        if name in held:
+            if whole not in shares:
+                shares[whole] = nn.Parameter(held[name].of(whole.detach()).contiguous(), whole.requires_grad)
+            path, _, key = name.rpartition(".")
+            setattr(model.get_submodule(path), key, shares[whole])
 
 
 # ---- the whole model
@@ -238,7 +250,7 @@ def parallelize(
     half = DTYPES[dtype] if dtype == "bfloat16" else None
     rounded = {p for p, _, _ in lora.frozen_weights(model)} if half and lora.adapter_names(model) else ()
     if ranks.mesh.tp > 1:
-        _share_layers(model, ranks)
+        _share_layers(model, ranks.group("tp"))
     if half:
         _keep_wide(model)
     shares: dict[nn.Parameter, nn.Parameter] = {}  # of a parameter that several layers have there is one share

@@ -33,6 +33,7 @@ from device import autocast
 from distributed import Ranks
 from files import write_atomic
 from lora import LoRAConfig, apply_lora
+from mesh import Mesh
 from model import GPT, GPTConfig
 from optimizer import build_optimizer
 from preflight import Start
@@ -52,6 +53,8 @@ class Run(NamedTuple):
     block_size: int
     dtype: str
     micro_batches: int = 2
+    recompute: bool = False
+    mesh: Mesh = Mesh()  # batch and micro-batches are those of a process
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -61,17 +64,20 @@ class Run(NamedTuple):
         return estimate(
             self.architecture,
             lora=self.lora,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size * self.mesh.readers,
             block_size=self.block_size,
             dtype=self.dtype,
+            mesh_shape=str(self.mesh),
             gradient_accumulation_steps=self.micro_batches,
             cuda=False,
+            activation_checkpointing=self.recompute,
         )
 
 
 # Few tokens in the vocabulary, so that layers and not logits fill the memory.
 DEEP = {"vocab_size": 2048, "n_layer": 8, "n_embd": 512, "n_head": 8, "block_size": 512}
 DEEP_GPT2 = replace(PRESETS["small"], **DEEP)
+DEEP_TIED = replace(DEEP_GPT2, tie_word_embeddings=True, bias=True)
 DEEP_LLAMA = replace(PRESETS["modern"], **DEEP, n_kv_head=2, n_inner=1408)
 MEDIUM = replace(PRESETS["medium"], block_size=256)
 RUNS = [
@@ -88,10 +94,17 @@ RUNS = [
     Run("deep gpt2", DEEP_GPT2, 8, 4, 512, "bfloat16"),
     Run("deep llama", DEEP_LLAMA, None, 4, 512, "bfloat16"),
     Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32"),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "bfloat16", recompute=True),
+    Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32", recompute=True),
     Run("medium", MEDIUM, None, 2, 256, "bfloat16"),
     Run("medium", MEDIUM, 16, 2, 256, "float32"),
     Run("gemma3-270m", PRESETS["gemma3-270m"], 8, 1, 256, "float32"),
     Run("gemma3-270m", PRESETS["gemma3-270m"], 8, 1, 256, "bfloat16"),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "float32", mesh=Mesh(tp=2)),
+    Run("deep gpt2", DEEP_TIED, None, 4, 512, "float32", 1, True, Mesh(tp=2)),
+    Run("deep llama", DEEP_LLAMA, 8, 4, 512, "float32", mesh=Mesh(tp=2)),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "float32", mesh=Mesh(fsdp=2)),
+    Run("deep gpt2", DEEP_GPT2, None, 4, 512, "float32", 1, mesh=Mesh(fsdp=2)),
 ]
 
 
@@ -100,27 +113,42 @@ def measure(run: Run, kept: bool = True, steps: int = 3) -> tuple[int, int]:
 
     Not `kept`: every buffer is its own mapping, which ends when the buffer does, and nothing else fills memory.
     """
+    ranks = Ranks()
+    ranks.arrange(run.mesh, CPU.type)
     _train_a_tiny_model(run.dtype)
+    if ranks.size > 1:
+        small = {"n_layer": 1, "n_embd": 64, "n_inner": 64, "vocab_size": 64}
+        _train(run._replace(architecture=replace(run.architecture, **small), block_size=8), ranks, False, 1)
     idle = _resident()
+    _train(run, ranks, kept, steps)
+    peak = peak_memory()
+    ranks.close()
+    return idle, peak - idle
+
+
+def _train(run: Run, ranks: Ranks, kept: bool, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"batch_size": run.batch_size, "gradient_accumulation_steps": run.micro_batches, "out_dir": folder}
-        config = RunConfig(**settings, dtype=run.dtype, device="cpu", compile="false")
+        micro_batches = run.micro_batches * run.mesh.readers
+        settings = {"batch_size": run.batch_size, "gradient_accumulation_steps": micro_batches, "out_dir": folder}
+        settings |= {"dtype": run.dtype, "activation_checkpointing": run.recompute, "mesh_shape": str(run.mesh)}
+        config = RunConfig(**settings, device="cpu", compile="false")
         config = config.resolved(run.architecture, block_size=run.block_size)
-        count = steps * run.micro_batches * run.batch_size * run.block_size + run.block_size + 1
+        count = steps * micro_batches * run.batch_size * run.block_size + run.block_size + 1
         ids = np.random.default_rng(0).integers(run.architecture.vocab_size, size=count)
         absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
         fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": run.architecture.vocab_size}
         dataset = Dataset(directory=Path(folder), **fields, **dict.fromkeys(absent))
         if not kept:
             ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
-        model = GPT(run.architecture)
+        with torch.device("cpu" if ranks.main else "meta"):  # as train.py starts
+            model = GPT(run.architecture)
         if run.lora:
             apply_lora(model, run.lora)
         start = Start(config, dataset, Path(folder), model)
-        trainer = set_up(start, Ranks())[0] if kept else Trainer(start, CPU, Ranks())
+        trainer = set_up(start, ranks)[0] if kept else Trainer(start, CPU, ranks)
+        del model, start
         for _ in range(steps):
             trainer.step()
-    return idle, peak_memory() - idle
 
 
 def _train_a_tiny_model(dtype: str) -> None:
@@ -139,6 +167,11 @@ def _resident() -> int:
 
 
 def in_fresh_process(run: Run, kept: bool = True) -> tuple[int, int]:
+    """`measure`'s; of several processes rank 0's."""
+    if run.mesh.devices > 1:
+        from bench.mesh import launched  # what it imports is not to be in the processes that are measured
+
+        return launched(run.mesh.devices, measure, run, kept)[0]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, run, kept).result()
 
@@ -146,9 +179,12 @@ def in_fresh_process(run: Run, kept: bool = True) -> tuple[int, int]:
 def compare(run: Run, rounds: int) -> dict[str, Any]:
     found = run.estimate()
     idle, buffers = in_fresh_process(run, kept=False)
+    rounds = rounds if run.mesh.devices == 1 else 0  # of several processes only the buffers are counted
     peaks = [sum(in_fresh_process(run)) for _ in range(rounds)]
     return {
-        "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}",
+        "run": f"{run.name}, {f'LoRA {run.rank}' if run.rank else 'full'}, {run.dtype}"
+        + ", recomputed" * run.recompute
+        + "".join(f", {axis} {size}" for axis, size in vars(run.mesh).items() if size > 1),
         "batch": f"{run.micro_batches} x {run.batch_size} x {run.block_size}",
         "idle": idle,
         "buffers": buffers,
@@ -162,10 +198,12 @@ HEADS = ("run", "batch", "buffers, MB", "estimate", "off by", "peaks, MB", "medi
 
 
 def line(row: dict[str, Any]) -> str:
-    middle = median(row["peaks"])
-    peaks = f"{min(row['peaks']) / MB:,.0f} - {max(row['peaks']) / MB:,.0f}"
-    buffers = (row["buffers"], row["buffers_estimated"])
-    cells = (row["run"], row["batch"], *_pair(*buffers), peaks, *_pair(middle, row["peak_estimated"]))
+    cells = [row["run"], row["batch"], *_pair(row["buffers"], row["buffers_estimated"])]
+    if row["peaks"]:
+        peaks = f"{min(row['peaks']) / MB:,.0f} - {max(row['peaks']) / MB:,.0f}"
+        cells += [peaks, *_pair(median(row["peaks"]), row["peak_estimated"])]
+    else:
+        cells += ["-"] * 4
     return f"| {' | '.join(cells)} |"
 
 

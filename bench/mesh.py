@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -164,20 +165,25 @@ def measure(config: RunConfig, steps: int, threads: int) -> dict[str, Any]:
     return turn | {"loopback": on_loopback}
 
 
-def in_own_processes(mesh: Mesh, config: RunConfig, steps: int) -> dict[str, Any]:
-    """A turn of a mesh: rank 0's, with the peaks of all and the largest of them."""
-    threads = max(1, torch.get_num_threads() // mesh.devices)
+def launched(processes: int, work: Callable, *arguments) -> dict[int, Any]:
+    """What `work` gives in each of so many processes of torchrun's."""
     with tempfile.TemporaryDirectory() as folder:
-        own = replace(config, out_dir=folder, mesh_shape=str(mesh))
         launch = LaunchConfig(
-            *(1, 1, mesh.devices),
+            *(1, 1, processes),
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             run_id="bench",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        turns = elastic_launch(launch, measure)(own, steps, threads)
+        return elastic_launch(launch, work)(*arguments)
+
+
+def in_own_processes(mesh: Mesh, config: RunConfig, steps: int) -> dict[str, Any]:
+    """A turn of a mesh: rank 0's, with the peaks of all and the largest of them."""
+    threads = max(1, torch.get_num_threads() // mesh.devices)
+    with tempfile.TemporaryDirectory() as folder:
+        turns = launched(mesh.devices, measure, replace(config, out_dir=folder, mesh_shape=str(mesh)), steps, threads)
     peaks = [turns[rank]["peak_bytes"] for rank in range(mesh.devices)]
     return turns[0] | {"peaks": peaks, "peak_bytes": max(peaks)}
 

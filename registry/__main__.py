@@ -24,11 +24,14 @@ What it counts: one step of train.py, at its fullest moment, in GB of 1e9 bytes 
 while training, whatever --dtype is, and so are gradients and AdamW's two moments: 16 bytes a parameter in all. With
 --lora_rank the base has no gradients and no moments, and with bf16 its linear layers take 2 bytes. Activations and
 logits grow with batch_size x block_size: where a model does not fit, halve train.py's --batch_size and double its
---gradient_accumulation_steps; the step stays the same.
+--gradient_accumulation_steps; the step stays the same. With --activation_checkpointing true only what goes into each
+block is kept for the backward pass. With --mesh_shape the numbers are those of one card, and gradients that wait for
+those of further micro-batches are not divided by fsdp.
 
 examples:
   python -m registry memory gemma3-4b --lora_rank 64 --batch_size 8 --block_size 2048
   python -m registry memory gemma3-12b --lora_rank 16 --batch_size 4 --mesh_shape "[[4, 2], ['fsdp', 'tp']]"
+  python -m registry memory gemma3-4b --batch_size 1 --block_size 2048 --activation_checkpointing true
   python -m registry memory small --batch_size 16 --block_size 256 --dtype fp32
   python -m registry memory models/NAME --generate --batch_size 4
   python -m registry memory --table
@@ -93,6 +96,12 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=RunConfig.gradient_accumulation_steps,
         help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
+    )
+    memory.add_argument(
+        "--activation_checkpointing",
+        choices=("true", "false"),
+        default="false",
+        help="of train.py: keep only what goes into each block, and compute the rest again in the backward pass",
     )
     memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")
     memory.add_argument(

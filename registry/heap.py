@@ -13,24 +13,25 @@ from registry.rehearsal import Rehearsal
 
 MAPPED_FROM = 1 << 30  # bytes; buffers this large are not in the heap: device.keep_freed_memory
 SLIVER = 80  # bytes that glibc takes on top of a buffer: it is to lie at a multiple of 64, and has a header
-PINNED = 0.09  # odds that a freed buffer leaves a hole too small for the next of its size
+# Odds that a freed buffer leaves a hole too small for the next of its size, by whether blocks are computed again.
+PINNED = {False: 0.09, True: 0.03}
 STEPS, TRIES = 3, 9
 
 
-def heap_peak(rehearsal: Rehearsal) -> int:
+def heap_peak(rehearsal: Rehearsal, recompute: bool = False) -> int:
     """Bytes that the heap and the largest buffers take at most in a few steps.
 
     glibc needs a hole somewhat larger than the buffer. Where one of the many small objects of a step has settled in the
     sliver beside a freed buffer, for good, the next one of its size fits there no more. Which buffers that happens to
     differs from run to run, and peaks of one and the same run differ by a tenth and more; so here dice decide, and the
-    median of a few throws counts. Their odds, PINNED, are the one number of the estimate that was fitted to measured
+    median of a few throws counts. Their odds, PINNED, are the numbers of the estimate that were fitted to measured
     peaks (docs/memory.md).
     """
-    return int(median(_peak(rehearsal, random.Random(seed)) for seed in range(TRIES)))
+    return int(median(_peak(rehearsal, random.Random(seed), PINNED[recompute]) for seed in range(TRIES)))
 
 
-def _peak(rehearsal: Rehearsal, dice: random.Random) -> int:
-    heap, sizes = Heap(dice), rehearsal.sizes
+def _peak(rehearsal: Rehearsal, dice: random.Random, pinned: float) -> int:
+    heap, sizes = Heap(dice, pinned), rehearsal.sizes
     for n in rehearsal.moves + rehearsal.moves[rehearsal.again :] * (STEPS - 2):
         number = max(n, ~n)
         old = heap.blocks.pop(number, None)  # when one comes that never went: that of the step before
@@ -44,8 +45,8 @@ def _peak(rehearsal: Rehearsal, dice: random.Random) -> int:
 class Heap:
     """Takes the smallest hole that will do, else grows at its top. Holes that touch become one; none is given back."""
 
-    def __init__(self, dice: random.Random):
-        self.dice = dice
+    def __init__(self, dice: random.Random, pinned: float):
+        self.dice, self.pinned = dice, pinned
         self.blocks: dict[int, tuple[int | None, int]] = {}  # {number: (address, bytes that go with it)}
         self.holes: list[tuple[int, int]] = []  # (size, address), sorted
         self.starts: dict[int, int] = {}  # {address of a hole: its size}
@@ -58,7 +59,7 @@ class Heap:
             self.blocks[number] = None, size
         else:
             taken = size + SLIVER
-            self.blocks[number] = self._place(taken), size if self.dice.random() < PINNED else taken
+            self.blocks[number] = self._place(taken), size if self.dice.random() < self.pinned else taken
         self.peak = max(self.peak, self.highest + self.mapped)
 
     def release(self, address: int | None, size: int) -> None:

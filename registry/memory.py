@@ -25,8 +25,8 @@ import loss
 from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from device import DTYPES
 from lora import LoRAConfig
-from mesh import Mesh, tp_misfits
-from model import GPT, GPTConfig, KVCache, on_meta
+from mesh import Mesh, mesh_problems
+from model import GPT, GPTConfig, KVCache
 from model_directory import CONFIG, MODEL_ARGS, WEIGHTS
 from registry.heap import heap_peak
 from registry.rehearsal import (
@@ -66,7 +66,7 @@ class Estimate:
     """What one device, or process, holds at the fullest moment."""
 
     items: tuple[Item, ...]
-    parameters: int  # of the whole model, adapters included
+    parameters: int  # of the model, or of a rank of tp; adapters included
     trainable: int
 
     @property
@@ -77,24 +77,6 @@ class Estimate:
         """Bytes of one item: weights, copies, gradients, optimizer, activations, logits, cache or overhead; 0 of what
         is not there at the fullest moment."""
         return sum(item.size for item in self.items if item.name == name)
-
-
-def share_of_model(config: GPTConfig, mesh: Mesh) -> GPTConfig:
-    """The model that one device of a row of tp computes. Raises ValueError where the row cannot divide it.
-
-    A key and value head that is too few is on several devices.
-    """
-    if mesh.tp == 1:
-        return config
-    if config.block == "gpt2":
-        raise ValueError(
-            f"tp={mesh.tp} is counted for llama blocks; a share of GPT-2's fused queries, keys and values is no model"
-        )
-    if misfits := tp_misfits(mesh.tp, config):
-        raise ValueError(f"tp={mesh.tp} {' and '.join(misfits)}")
-    kv = config.kv_heads // mesh.tp if config.kv_heads % mesh.tp == 0 else 1
-    shares = {"n_head": config.n_head // mesh.tp, "n_kv_head": kv, "n_inner": config.inner // mesh.tp}
-    return replace(config, head_size=config.D, vocab_size=math.ceil(config.vocab_size / mesh.tp), **shares)
 
 
 @dataclass(frozen=True)
@@ -109,6 +91,7 @@ class Plan:
     gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps
     generate: bool = False
     cuda: bool = True  # a card; else a process on a CPU, with its heap
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -119,16 +102,29 @@ class Plan:
             )
         if self.gradient_accumulation_steps < 1:
             raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1")
+        if self.generate and self.activation_checkpointing:
+            raise ValueError("activation_checkpointing is for training: text that is made has no backward pass")
+        if self.dtype == "float16" and self.mesh.tp > 1 and not self.generate:
+            raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): bfloat16 and float32 are not")
+        micro_batches = self.gradient_accumulation_steps * self.mesh.readers
+        if problems := mesh_problems(self.mesh, self.mesh.devices, self.config, micro_batches):
+            raise ValueError("; ".join(problems))
+
+    @property
+    def shared_in_half(self) -> bool:
+        """Whether processes gather their weights in bfloat16 (parallel.py), so that autocast has none to copy."""
+        return self.mesh.devices > 1 and self.dtype == "bfloat16"
 
     def rehearse(self, sequences: int) -> Rehearsal:
         """With so many sequences on this device."""
-        config = share_of_model(self.config, self.mesh)
+        config = self.config
         if config.block == "gpt2":  # its learned positions are cut to the sequences, as train.py does
             config = replace(config, block_size=self.block_size)
         arguments = (config, self.lora, sequences, self.block_size, self.dtype)
         if self.generate:
-            return rehearse_generation(*arguments, cuda=self.cuda)
-        return rehearse_step(*arguments, self.gradient_accumulation_steps, cuda=self.cuda)
+            return rehearse_generation(*arguments, self.cuda, self.mesh.tp)
+        steps, recompute = self.gradient_accumulation_steps, self.activation_checkpointing
+        return rehearse_step(*arguments, steps, self.cuda, self.mesh.tp, recompute)
 
 
 def estimate(
@@ -142,6 +138,7 @@ def estimate(
     gradient_accumulation_steps: int = RunConfig.gradient_accumulation_steps,
     generate: bool = False,
     cuda: bool = True,
+    activation_checkpointing: bool = False,
 ) -> Estimate:
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
@@ -152,7 +149,8 @@ def estimate(
     if dtype not in PRECISION_SPELLINGS:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(PRECISION_SPELLINGS)}")
     mesh = Mesh.parse(mesh_shape)
-    plan = Plan(config, lora, block_size, PRECISION_SPELLINGS[dtype], mesh, gradient_accumulation_steps, generate, cuda)
+    steps, recompute, dtype = gradient_accumulation_steps, activation_checkpointing, PRECISION_SPELLINGS[dtype]
+    plan = Plan(config, lora, block_size, dtype, mesh, steps, generate, cuda, recompute)
     return itemised(plan, plan.rehearse(share_of_batch(batch_size, mesh)))
 
 
@@ -165,26 +163,33 @@ def share_of_batch(batch_size: int, mesh: Mesh) -> int:
 def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Estimate:
     """The estimate that follows from a rehearsal. `holes`: see `heap_holes`, which is asked where it is not given."""
     mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
-    shares = {GRADIENTS: 1 / mesh.fsdp, OPTIMIZER: 1 / mesh.fsdp} | ({COPIES: 0} if mesh.readers > 1 else {})
-    found = rehearsal.peak(shares)
+    # What several micro-batches leave is summed on each device before it is summed among them.
+    shares = {OPTIMIZER: 1 / mesh.fsdp, GRADIENTS: 1 / mesh.fsdp if plan.gradient_accumulation_steps == 1 else 1}
+    found = rehearsal.peak(shares | ({COPIES: 0} if plan.shared_in_half else {}))
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
+    waiting = divided if plan.gradient_accumulation_steps == 1 else ""
+    kept = (
+        "goes into each of {} layers, and what one computes again,"
+        if plan.activation_checkpointing
+        else "{} layers keep"
+    )
     adapters = f", {trained:,} of them adapters'" if plan.lora else ""
     each = "4 bytes" if rehearsal.weights == 4 * whole else "2 bytes"
     if 2 * whole < rehearsal.weights < 4 * whole:
         each = "2 bytes where they are frozen and multiply, else 4,"
     sources = {
         COPIES: f"weights cast to {plan.dtype} for matrix products",
-        GRADIENTS: f"4 bytes x {trained:,}{divided}, and those that are about to be added",
+        GRADIENTS: f"4 bytes x {trained:,}{waiting}, and those that are about to be added",
         OPTIMIZER: f"AdamW's two moments: 8 bytes x {trained:,}{divided}",
-        ACTIVATIONS: f"what {plan.config.n_layer} layers keep for the backward pass, and the moment's own buffers",
-        LOGITS: f"{share_of_model(plan.config, mesh).vocab_size:,} numbers a token, and what the loss makes of them",
+        ACTIVATIONS: f"what {kept.format(plan.config.n_layer)} for the backward pass, and the moment's own buffers",
+        LOGITS: f"{math.ceil(plan.config.vocab_size / mesh.tp):,} numbers a token, and what the loss makes of them",
         CACHE: f"keys and values of {plan.config.n_layer} layers for {plan.block_size:,} tokens a sequence",
     }
     if plan.generate:
         sources |= {LOGITS: "of each sequence's last token", ACTIVATIONS: "a layer that reads the prompt"}
     items = [Item("weights", rehearsal.weights // mesh.fsdp, f"{each} x {whole:,}{adapters}{divided}")]
     items += [Item(kind, found[kind], source) for kind, source in sources.items() if found[kind]]
-    if gathered := _gathered(plan):
+    if gathered := _gathered(plan, rehearsal):
         source = "weights of two blocks and of what is outside them, and in full training a layer's gradients"
         items.append(Item("gathered", gathered, source))
     counted = sum(item.size for item in items)
@@ -200,44 +205,46 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
 
 def heap_holes(plan: Plan, rehearsal: Rehearsal) -> float:
     """How much larger than its buffers the heap gets, as a share of them. Generating leaves none."""
-    return 0.0 if plan.generate else heap_peak(rehearsal) / sum(rehearsal.peak({}).values()) - 1
+    if plan.generate:
+        return 0.0
+    return heap_peak(rehearsal, plan.activation_checkpointing) / sum(rehearsal.peak({}).values()) - 1
 
 
-def _gathered(plan: Plan) -> int:
-    """Where several processes divide the batch (parallel.py): the weights in use, in the dtype of the products, unless
-    they are there as they are; and the gradients that are being summed, in float32."""
-    if plan.mesh.readers == 1:
+def _gathered(plan: Plan, rehearsal: Rehearsal) -> int:
+    """Of several processes (parallel.py): the weights in use, of which FSDP2 makes a copy even where one has them all;
+    and the gradients that are being summed, in float32."""
+    if plan.mesh.devices == 1:
         return 0
-    model = on_meta(share_of_model(plan.config, plan.mesh))
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    outside = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block
-    copied = plan.mesh.fsdp > 1 or plan.dtype == "bfloat16"
+    block = rehearsal.block
+    outside = rehearsal.parameters - plan.config.n_layer * block
     trains = not (plan.lora or plan.generate)
-    weights = (2 * block + outside) * DTYPES[plan.dtype].itemsize if copied else 0
+    wide = plan.dtype == "float16" and not plan.generate  # they are gathered as they are, and autocast copies them
+    weights = (2 * block + outside) * (4 if wide else DTYPES[plan.dtype].itemsize)
     return weights + (4 * max(block, outside) if trains else 0)
 
 
 class Fitting:
     """Estimates of a plan for any batch, from two rehearsals.
 
-    On a CPU what a step does depends on the batch (loss.py, attention.py). There two large batches are rehearsed and
-    others lie on their line; the one that is asked for is rehearsed itself.
+    On a CPU what a step does depends on the batch (loss.py, attention.py), and with tp too (loss_in_shares.py). There
+    two large batches are rehearsed and others lie on their line; the one that is asked for is rehearsed itself.
     """
 
     def __init__(self, plan: Plan, batch_size: int):
         self.plan, self.batch_size = plan, batch_size
+        self.steady = plan.cuda and plan.mesh.tp == 1
         own = share_of_batch(batch_size, plan.mesh)
         full = math.ceil(loss.BUFFER / plan.config.vocab_size / plan.block_size)  # sequences that fill its buffer
-        self.sizes = (2, 3) if plan.cuda else (max(own, full), 2 * max(own, full))
+        self.sizes = (2, 3) if self.steady else (max(own, full), 2 * max(own, full))
         self.pair = [plan.rehearse(sequences) for sequences in self.sizes]
-        asked = with_batch(*self.pair, own) if plan.cuda else plan.rehearse(own)
+        asked = with_batch(*self.pair, own) if self.steady else plan.rehearse(own)
         # Assumed the same for every batch; each would take seconds.
         self.holes = None if plan.cuda else heap_holes(plan, asked)
         self.estimate = itemised(plan, asked, self.holes)
 
     def needs(self, sequences: int) -> int:
         """Bytes, for so many sequences on a device."""
-        if self.plan.cuda:
+        if self.steady:
             return itemised(self.plan, with_batch(*self.pair, sequences), self.holes).total
         first, second = (itemised(self.plan, rehearsal, self.holes).total for rehearsal in self.pair)
         (a, b) = self.sizes
@@ -301,8 +308,9 @@ def run_memory(arguments: Any) -> tuple[str, Any]:
     lora = LoRAConfig(arguments.lora_rank) if arguments.lora_rank is not None else None
     length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
     mesh = Mesh.parse(arguments.mesh_shape)
+    dtype, recompute = PRECISION_SPELLINGS[arguments.dtype], arguments.activation_checkpointing == "true"
     steps = arguments.gradient_accumulation_steps
-    plan = Plan(config, lora, length, PRECISION_SPELLINGS[arguments.dtype], mesh, steps, arguments.generate)
+    plan = Plan(config, lora, length, dtype, mesh, steps, arguments.generate, activation_checkpointing=recompute)
     card = Fitting(plan, arguments.batch_size)
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
     process = Fitting(replace(plan, cuda=False), arguments.batch_size) if mesh.devices == 1 else None
@@ -311,10 +319,12 @@ def run_memory(arguments: Any) -> tuple[str, Any]:
         total, free = machine_memory()
         verdicts.append(_verdict(f"this machine, {free / GB:.1f} of {total / GB:.1f} GB free", process, free))
     work = "text being made" if arguments.generate else f"LoRA rank {lora.rank}" if lora else "full training"
+    again = ", activations computed again" if recompute else ""
     grid = f", {mesh.devices} devices" if mesh.devices > 1 else ""
-    title = f"{arguments.name}: {work}, {arguments.batch_size} x {length:,} tokens, {plan.dtype}{grid}"
+    title = f"{arguments.name}: {work}, {arguments.batch_size} x {length:,} tokens, {dtype}{again}{grid}"
     data = {"name": arguments.name, "work": work, "batch_size": arguments.batch_size, "block_size": length}
     data |= {"dtype": plan.dtype, "lora_rank": arguments.lora_rank, "mesh": vars(mesh), "verdicts": verdicts}
+    data |= {"activation_checkpointing": recompute, "gradient_accumulation_steps": steps}
     data |= {"card": _data(card.estimate), "process": process and _data(process.estimate)}
     return "\n\n".join([title, _items_table(card, process), _verdict_table(verdicts)]), data
 

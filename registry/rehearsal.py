@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,6 +42,7 @@ class Rehearsal:
     weights: int  # bytes
     parameters: int
     trainable: int
+    block: int  # parameters of one
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
     moves: tuple[int, ...]
@@ -80,7 +82,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.weights = {id(p.untyped_storage()) for p in model.parameters()}
         self.shapes = {p.shape for p in model.parameters() if p.dim() == 2 and p.requires_grad and len(p) != tokens}
-        self.logits = tokens, model.config.vocab_size
+        self.logits = tokens, len(model.lm_head.weight)
         self.sizes, self.kinds, self.moves = [], [], []
         self.numbers = dict.fromkeys(self.weights, -1)  # of the storages that are there, by id
 
@@ -114,35 +116,55 @@ class Ledger(TorchDispatchMode):
         self.kinds[self.numbers[id(tensor.untyped_storage())]] = kind
 
 
-class CudaAttention(TorchFunctionMode):
+@contextmanager
+def cuda_attention(dtype: str) -> Iterator[None]:
     """Lets attention be computed as on a card, with its whole matrix of weights where no fused kernel takes the call.
 
     Flash attention takes no mask and no float32, and the memory-efficient kernel no grouped keys (PyTorch's
     sdp_utils.cpp): grouped keys with a mask, or in float32, leave the plain formula. cuDNN has a kernel for some of
-    these; whether it is taken depends on the card, so here it is not.
+    these; whether it is taken depends on the card, so here it is not. No TorchFunctionMode does this: a block that is
+    computed again, in the backward pass, is out of its reach.
     """
 
-    def __init__(self, dtype: str):
-        super().__init__()
-        self.half = dtype != "float32"
-
-    def __enter__(self):
-        self.short, attention.SHORT = attention.SHORT, 0  # by products is a processor's way
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        attention.SHORT = self.short
-        return super().__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v, mask, dropout = args
-        if not kwargs["enable_gqa"] or (mask is None and self.half):
-            return func(q, k, v, mask, 0.0, **kwargs)  # these kernels do dropout without its matrix, the CPU's do not
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, **options) -> Tensor:
+        if not options["enable_gqa"] or (mask is None and dtype != "float32"):
+            return plain(q, k, v, mask, 0.0, **options)  # these kernels do dropout without its matrix, the CPU's do not
         with sdpa_kernel(SDPBackend.MATH):
-            return func(q, k, v, mask, dropout, **kwargs)
+            return plain(q, k, v, mask, dropout, **options)
+
+    plain, short = F.scaled_dot_product_attention, attention.SHORT
+    F.scaled_dot_product_attention, attention.SHORT = attend, 0  # by products is a processor's way
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, attention.SHORT = plain, short
+
+
+class Alone(dist.ProcessGroup):
+    """A tp group with one rank that is there: what would be summed comes back at once. It is the last rank, for of a
+    vocabulary that does not divide this has a row more."""
+
+    def __init__(self, tp: int):
+        super().__init__(tp - 1, tp)
+
+    def allreduce(self, *_arguments):
+        return SimpleNamespace(wait=lambda: None)
+
+    allgather = allreduce
+
+
+def _share(config: GPTConfig, lora: LoRAConfig | None, tp: int, dtype: str = "float32") -> GPT:
+    """The model of one rank of tp, with adapters beside which what is frozen is in `dtype`."""
+    model = GPT(config)
+    if lora is not None:
+        apply_lora(model, lora)
+        if dtype == "bfloat16":
+            round_frozen(model, torch.bfloat16)
+    if tp > 1:
+        from parallel import take_share  # FSDP2 takes half a second to import, which one device can do without
+
+        take_share(model, Alone(tp))
+    return model
 
 
 def rehearse_step(
@@ -153,20 +175,19 @@ def rehearse_step(
     dtype: str,
     micro_batches: int,
     cuda: bool = False,
+    tp: int = 1,
+    recompute: bool = False,
 ) -> Rehearsal:
-    """Two steps of train.py's Trainer. `dtype` is one of device.DTYPES.
+    """Two steps of train.py's Trainer, on one of `tp` ranks. `dtype` is one of device.DTYPES.
 
     The first, of one micro-batch, only leaves the optimizer's moments behind. From a step's second micro-batch on,
     gradients are there before the forward pass; so two of them show what any number needs.
     """
-    with FakeTensorMode(), CudaAttention(dtype) if cuda else nullcontext(), _own_buffer():
-        model = GPT(config)
+    with FakeTensorMode(), cuda_attention(dtype) if cuda else nullcontext(), _own_buffer():
+        model = _share(config, lora, tp, dtype)
+        model.recompute = recompute
         if cuda:
             model._fused_loss = lambda x, targets: None  # a processor's way too
-        if lora is not None:
-            apply_lora(model, lora)
-            if dtype == "bfloat16":
-                round_frozen(model, torch.bfloat16)
         dense = [] if cuda else model.give_rows()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
@@ -201,17 +222,21 @@ def _own_buffer() -> Iterator[None]:
 
 
 def rehearse_generation(
-    config: GPTConfig, lora: LoRAConfig | None, batch_size: int, block_size: int, dtype: str, cuda: bool = False
+    config: GPTConfig,
+    lora: LoRAConfig | None,
+    batch_size: int,
+    block_size: int,
+    dtype: str,
+    cuda: bool = False,
+    tp: int = 1,
 ) -> Rehearsal:
     """Reading a prompt of block_size - 1 tokens into a cache with room for one more: the fullest moment of a text that
     fills the context. The weights are in `dtype`; what packed.py holds of float16 keeps the embeddings in float32."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])  # fake weights cannot be cast after they were made
     try:
-        with FakeTensorMode(), torch.no_grad(), CudaAttention(dtype) if cuda else nullcontext():
-            model = GPT(config).eval()
-            if lora is not None:
-                apply_lora(model, lora)
+        with FakeTensorMode(), torch.no_grad(), cuda_attention(dtype) if cuda else nullcontext():
+            model = _share(config, lora, tp).eval()
             with Ledger(model, batch_size) as ledger:
                 cache = model.new_cache(batch_size, block_size)
                 prompt = torch.zeros(batch_size, max(1, block_size - 1), dtype=torch.long)
@@ -229,6 +254,7 @@ def _written(model: GPT, ledger: Ledger, again: int) -> Rehearsal:
         weights=sum(p.nbytes for p in parameters),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        block=sum(p.numel() for p in model.blocks[0].parameters()),
         sizes=tuple(ledger.sizes),
         kinds=tuple(ledger.kinds),
         moves=_ordered(ledger.moves),

@@ -433,7 +433,7 @@ ADAPTED = {
     "llama": (*LORA, "lora_targets=all"),
     "hf llama tied": (*LORA, "lora_targets=q_proj,v_proj,down_proj,lm_head", "lora_untie=true"),
     "hf gpt2": (*TRAINING, "block_size=32"),
-    "hf two keys": (*LORA, "lora_targets=all-linear", "learning_rate=3e-3"),  # with tp 4, each of which serves two ranks
+    "hf two keys": (*LORA, "lora_targets=all-linear", "learning_rate=3e-3"),  # each of two ranks, of four
 }
 
 
