@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import families
+import loss
 from bench import memory as bench
 from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
@@ -336,7 +337,8 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys):
+def test_the_command_says_what_is_needed_and_where_it_fits(folder, capsys, monkeypatch):
+    monkeypatch.setattr(loss, "BUFFER", 1 << 20)  # which a few sequences of so small a vocabulary then fill
     command = ["memory", folder, "--lora_rank", "4", "--batch_size", "2", "--block_size", "64"]
     assert main(parse([*command, "--json"])) == 0
     data = json.loads(capsys.readouterr().out)
