@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mesh import AXES, Mesh
 
-FAILED = "nanoforge/failed"  # in the processes' common store: which of them was the first
+# In the processes' common store: which of them was the first to fail, and how many have asked.
+FAILED, ASKED = "nanoforge/failed", "nanoforge/asked"
+ASKING_SECONDS = 5.0  # for the others, before the store goes with the process that keeps it
 
 
 class Ranks:
@@ -86,7 +89,12 @@ class Ranks:
             return True
         try:
             store = dist.distributed_c10d._get_default_store()
-            return store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+            first = store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+            asked, deadline = store.add(ASKED, 1), time.monotonic() + ASKING_SECONDS
+            while self.main and asked < self.size and time.monotonic() < deadline:
+                time.sleep(0.01)
+                asked = store.add(ASKED, 0)
+            return first
         except Exception:  # the store is gone with the process that kept it: rather two messages than none
             return True
 
