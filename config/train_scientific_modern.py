@@ -1,5 +1,5 @@
-# The scientific corpus with what the field has learned since GPT-2: the validation loss at which train_scientific.py ends
-# in less than a third of its time (python bench/curves.py compares two runs; README.md has the picture).
+# The scientific corpus with what the field has learned since GPT-2: in less than a third of the time it is where
+# train_scientific.py ends (python bench/curves.py compares two runs; README.md has the picture).
 #
 # Llama's block at the size of GPT-2's: RMS norms, RoPE, a gated MLP, one head of keys and values for five of queries,
 # queries and keys normalised. Blocks begin as the identity. Muon for their matrices, AdamW for embedding and head.
