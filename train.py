@@ -4,7 +4,7 @@
     python train.py config/train_scientific.py --init_from=resume
     python train.py config/finetune_lora.py
     torchrun --nproc_per_node=2 train.py config/train_scientific.py
-    torchrun --nproc_per_node=4 train.py config/train_scientific.py --mesh_shape='[[2,2],["fsdp","tp"]]'
+    torchrun --nproc_per_node=4 train.py config/train_scientific.py --n_head=4 --mesh_shape='[[2,2],["fsdp","tp"]]'
 
 `python train.py --help` lists the settings. A run that is stopped and resumed computes what an uninterrupted one would,
 bit for bit on a CPU: which tokens a step sees follows from the seed and the number of samples seen, the learning rate
