@@ -83,7 +83,8 @@ class Ranks:
     def is_first_to_fail(self) -> bool:
         """Whether it is for this process to say why the run ends: the first that asks, so that only one does.
 
-        It asks before its connections close, so that those who notice these come later.
+        It asks before its connections close, so that those who notice these come later. Rank 0, which keeps what they
+        ask unless torchrun does, waits until all have asked or ASKING_SECONDS are over.
         """
         if self.size == 1:
             return True

@@ -33,7 +33,7 @@ from model import GPT, IGNORE_INDEX, KVCache, logits_of
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
 ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
-HEAD_NORMS = ("q_norm", "k_norm")
+HEAD_NORMS = ("q_norm", "k_norm")  # one weight for all heads, of which every rank has some
 READERS = ("attn", "self_attn", "mlp", "lm_head")  # in which ranks compute different things, of what all have
 PARTS = {"c_attn": 3}  # matrices that lie in one, each of which is cut
 
@@ -191,7 +191,7 @@ def _serves_several(name: str, model: GPT, tp: int) -> bool:
 
 
 def _share_layers(model: GPT, group: dist.ProcessGroup) -> None:
-    """Give layers the classes that compute shares."""
+    """Give layers the classes and hooks with which they compute shares."""
     tp, rank = group.size(), group.rank()
     for path, layer in list(model.named_modules()):
         name = path.split(".")[-1]

@@ -178,7 +178,7 @@ class Trainer:
         else:
             weights = [p for p in self.raw_model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm([p.grad for p in weights]).item()
-            if norm > largest:
+            if norm > largest:  # to multiply them all by one takes time too
                 nn.utils.clip_grads_with_norm_(weights, largest, torch.tensor(norm))
         # float16's scaler meets infinite gradients as a matter of course: it skips the step and lowers its scale.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):

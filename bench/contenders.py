@@ -124,10 +124,14 @@ def training(contender: Contender, config: RunConfig, model: nn.Module, steps: i
 
 def our_trainer(config: RunConfig, model: nn.Module, ids: np.ndarray, ranks: Ranks) -> Trainer:
     """What train.py sets up, on these token ids."""
+    return set_up(our_start(config, model, ids), ranks)[0]
+
+
+def our_start(config: RunConfig, model: nn.Module, ids: np.ndarray) -> Start:
     absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
     fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": config.vocab_size}
     dataset = Dataset(directory=Path(config.out_dir), **fields, **dict.fromkeys(absent))
-    return set_up(Start(config, dataset, dataset.directory, model), ranks)[0]
+    return Start(config, dataset, dataset.directory, model)
 
 
 def their_step(contender: Contender, config: RunConfig, ids: np.ndarray, model: nn.Module) -> Step:

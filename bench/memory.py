@@ -23,12 +23,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
 
-import numpy as np
 import torch
 
-from bench.contenders import peak_memory
+from bench.contenders import our_start, peak_memory, random_ids
 from configurator import PRESETS, RunConfig
-from data.tokens import Dataset
 from device import autocast
 from distributed import Ranks
 from files import write_atomic
@@ -36,7 +34,6 @@ from lora import LoRAConfig, apply_lora
 from mesh import Mesh
 from model import GPT, GPTConfig
 from optimizer import build_optimizer
-from preflight import Start
 from registry.memory import Estimate, estimate
 from train import Trainer, set_up
 
@@ -133,18 +130,13 @@ def _train(run: Run, ranks: Ranks, kept: bool, steps: int) -> None:
         settings |= {"dtype": run.dtype, "activation_checkpointing": run.recompute, "mesh_shape": str(run.mesh)}
         config = RunConfig(**settings, device="cpu", compile="false")
         config = config.resolved(run.architecture, block_size=run.block_size)
-        count = steps * micro_batches * run.batch_size * run.block_size + run.block_size + 1
-        ids = np.random.default_rng(0).integers(run.architecture.vocab_size, size=count)
-        absent = ("eot", "tokenizer_path", "fingerprint", "tokenizer_fingerprint", "bytes_per_token")
-        fields = {"name": "random", "meta": {}, "train": ids, "val": ids, "vocab_size": run.architecture.vocab_size}
-        dataset = Dataset(directory=Path(folder), **fields, **dict.fromkeys(absent))
         if not kept:
             ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
         with torch.device("cpu" if ranks.main else "meta"):  # as train.py starts
             model = GPT(run.architecture)
         if run.lora:
             apply_lora(model, run.lora)
-        start = Start(config, dataset, Path(folder), model)
+        start = our_start(config, model, random_ids(config, steps))
         trainer = set_up(start, ranks)[0] if kept else Trainer(start, CPU, ranks)
         del model, start
         for _ in range(steps):

@@ -305,7 +305,7 @@ def test_a_kill_between_two_renames_is_noticed_and_healed(tmp_path, written, bpe
     assert_heals(directory, bpe)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_is_healed(tmp_path, written, bpe, times):
     chance = random.Random(times)
     for _ in range(times):
