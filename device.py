@@ -41,21 +41,27 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "float32", f"no measured gain on {device.type}"
 
 
-def bfloat16_gain(size: int = 768, repeats: int = 5) -> float:
-    """How many times faster than float32 this CPU multiplies bfloat16 matrices: best of a few, well under a second.
+def bfloat16_gain(size: int = 768, repeats: int = 10) -> float:
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices; well under a second.
 
-    A processor without the instructions emulates them and comes out below 1, so this needs no list of processors.
+    A processor without the instructions emulates them and comes out below 1, so this needs no list of processors. What
+    counts is the time of one thread while it runs: by the clock, a second run that starts could come in the way of one
+    dtype alone.
     """
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        best[dtype] = min(times)
-    return best[torch.float32] / best[torch.bfloat16]
+    spent, threads = {}, torch.get_num_threads()
+    tick = time.get_clock_info("thread_time").resolution  # as long as several products on Windows
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(size, size, dtype=dtype)
+            a @ a  # the first is prepared for
+            start = time.thread_time()
+            for _ in range(repeats):
+                a @ a
+            spent[dtype] = max(tick, time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return spent[torch.float32] / spent[torch.bfloat16]
 
 
 def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:

@@ -8,13 +8,16 @@ of a large vocabulary vanish before a loss scale could lift them.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 BUFFER = 1 << 26  # logits held at a time; more tokens take several rounds
-ROWS = 16  # whose probabilities are held in float32 at a time: 3 MB of 50,257 ids
+ROWS = 16  # that are held in float32 at a time where they have to be: 3 MB of 50,257 ids
+SURE = 0.5  # a target's probability beyond which it is counted from what the others have
 PART = 12_608  # columns of a product at a time: what belongs to them stays in the cache, and two products are faster
 ALIGNED = 64  # the buffer has a multiple of this many columns, for which the weight's gradient is a quarter faster
 
@@ -22,17 +25,21 @@ ALIGNED = 64  # the buffer has a multiple of this many columns, for which the we
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """F.cross_entropy(F.linear(x, weight), targets): the mean over targets (N,) other than `ignore_index`, in nats.
 
-    x (N, C) and weight (V, C) have one dtype; the result is in float32 at least. While it trains, a target with a
-    probability below 1e-38 counts as 87 nats.
+    x is (N, C); weight (V, C) may be wider, and is multiplied as what x is. The result is in float32 at least. While it
+    trains, probabilities are rounded to the dtype of x, of which a token's loss shows 0.002 nats in bfloat16, and a
+    target with one below 1e-38 counts as 87 nats.
     """
+    narrow = _narrow(weight, x.dtype)
     if not torch.is_grad_enabled():  # which the function itself is not told
         x, weight = x.detach(), weight.detach()
-    return LinearCrossEntropy.apply(x, weight, targets, ignore_index)
+    return LinearCrossEntropy.apply(x, weight, narrow, targets, ignore_index)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, master: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+    ) -> Tensor:
         (N, _), V = x.shape, weight.size(0)
         for_x, for_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -42,17 +49,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         columns = -(-V // ALIGNED) * ALIGNED
         parts = [slice(at, min(V, at + PART)) for at in range(0, V, PART)]
         buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
-        buffer[:, V:] = 0
+        losses_of = _losses_and_gradients if for_x or for_weight else _losses
         loss, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, None
         for start in range(0, N, len(buffer)):
             rows = slice(start, start + len(buffer))
             padded = buffer[: N - start]
+            padded[:, V:] = -torch.inf
             logits = padded[:, :V]
             for part in parts:
                 torch.mm(x[rows], weight[part].t(), out=logits[:, part])
             target = targets[rows].where(counted[rows], 0)
             # Not as a matrix product: autocast would round that.
-            loss += (_losses(logits, target, wide, for_x or for_weight) * share[rows]).sum()
+            loss += (losses_of(padded, target, wide) * share[rows]).sum()
             if for_x:
                 total = sum(torch.mm(logits[:, part], weight[part]).to(wide) for part in parts)
                 torch.mul(total, share[rows, None], out=dx[rows])
@@ -61,14 +69,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if len(buffer) < N and dweight is None:
                     product = product.to(wide)  # a sum over several rounds is not to be rounded at each
                 dweight = product if dweight is None else dweight.add_(product)
-        ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
+        ctx.save_for_backward(dx, dweight)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the larger one takes as long to write as it took to compute. A second call is then an error.
-        return *(None if made is None else made.mul_(gradient) for made in ctx.saved_tensors), None, None
+        return *(None if made is None else made.mul_(gradient) for made in ctx.saved_tensors), None, None, None
 
 
 _kept = threading.local()
@@ -88,20 +96,45 @@ def forget_buffer() -> None:
     _kept.buffer = None
 
 
-def _losses(logits: Tensor, targets: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
-    """The cross-entropies (n,) of logits (n, V) in `dtype`; `wanted`, the logits become the gradients of their sum."""
-    room = torch.empty(min(ROWS, len(logits)), logits.size(1), dtype=dtype, device=logits.device)
-    found, minus_one = room.new_empty(len(logits), 1), room.new_full((len(room), 1), -1.0)
-    for start in range(0, len(logits), ROWS):
-        rows = slice(start, start + ROWS)
-        own, target = logits[rows], targets[rows, None]
-        wide = room[: len(own)].copy_(own)
-        if not wanted:
-            found[rows] = wide.logsumexp(dim=1, keepdim=True) - wide.gather(1, target)
-            continue
-        p = torch.softmax(wide, dim=1, out=wide)
-        found[rows] = p.gather(1, target)
-        own.copy_(p.scatter_add_(1, target, minus_one[: len(own)]))
-    if wanted:
-        found.clamp_(min=torch.finfo(dtype).tiny).log_().neg_()
-    return found[:, 0]
+@contextmanager
+def unchanged_weights() -> Iterator[None]:
+    """As long as it lasts no weight changes; one that is wider than what it is multiplied by is cast once."""
+    _kept.narrow = {}
+    try:
+        yield
+    finally:
+        _kept.narrow = None
+
+
+def _narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    held = getattr(_kept, "narrow", None)
+    if held is None or weight.dtype == dtype:
+        return weight.detach().to(dtype)
+    if (weight, dtype) not in held:
+        held[weight, dtype] = weight.detach().to(dtype)
+    return held[weight, dtype]
+
+
+def _losses(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cross-entropies (n,) of logits (n, V), in `dtype`."""
+    sums = [rows.to(dtype).logsumexp(dim=1) for rows in logits.split(ROWS)]
+    return torch.cat(sums) - logits.gather(1, targets[:, None])[:, 0].to(dtype)
+
+
+def _losses_and_gradients(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, while the logits become the gradients of their sum."""
+    own = torch.arange(len(logits), device=logits.device), targets
+    p = torch.softmax(logits, dim=1, out=logits)[own].to(dtype)
+    logits[own] = 0
+    others = _others(logits, p)
+    logits[own] = -others.to(logits.dtype)
+    return -torch.where(p > SURE, torch.log1p(-others), p.clamp(min=torch.finfo(dtype).tiny).log())
+
+
+def _others(logits: Tensor, p: Tensor) -> Tensor:
+    """What is left of one for all but the targets, whose probabilities are `p`. These are coarse near one, where
+    bfloat16 has steps of 0.004; those of the others, which `logits` are, are not."""
+    others = 1 - p
+    for rows in (p > SURE).nonzero()[:, 0].split(ROWS):
+        others[rows] = logits[rows].sum(dim=1, dtype=p.dtype)
+    return others

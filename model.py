@@ -332,8 +332,7 @@ class GPT(Generation, nn.Module):
         plain = type(self.lm_head) is nn.Linear and self.config.logit_softcap is None
         if not plain or kind != "cpu" or dtype == torch.float16 or torch.compiler.is_compiling():
             return None
-        x, weight = x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
-        return linear_cross_entropy(x, weight, targets.flatten(), IGNORE_INDEX)
+        return linear_cross_entropy(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten(), IGNORE_INDEX)
 
     def _masks(self, seen: int, T: int, attention_mask: Tensor | None) -> dict[bool, Tensor | None]:
         S, window = seen + T, self.config.sliding_window

@@ -36,6 +36,7 @@ from data.batches import BlockSampler, fixed_batches, sequences
 from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from distributed import Ranks, is_lost_contact, leave
 from logbook import Logbook, duration, plot_loss, read_metrics
+from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
 from optimizer import build_optimizer, set_rate
@@ -161,14 +162,15 @@ class Trainer:
         set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         first = self.samples_seen + self.ranks.reader * self.micro_steps * config.batch_size
-        for micro in range(self.micro_steps):
-            x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
-            if self.shares:
-                self.raw_model.set_requires_gradient_sync(micro == self.micro_steps - 1)
-            with autocast(self.device, config.dtype):
-                _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
-            self.scaler.scale(loss / self.micro_steps).backward()
-            total += loss.detach() / self.micro_steps
+        with unchanged_weights():
+            for micro in range(self.micro_steps):
+                x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
+                if self.shares:
+                    self.raw_model.set_requires_gradient_sync(micro == self.micro_steps - 1)
+                with autocast(self.device, config.dtype):
+                    _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
+                self.scaler.scale(loss / self.micro_steps).backward()
+                total += loss.detach() / self.micro_steps
         loss = self.ranks.sum(total).item() / self.ranks.size
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf

@@ -183,7 +183,7 @@ def rehearse_step(
     The first, of one micro-batch, only leaves the optimizer's moments behind. From a step's second micro-batch on,
     gradients are there before the forward pass; so two of them show what any number needs.
     """
-    with FakeTensorMode(), cuda_attention(dtype) if cuda else nullcontext(), _own_buffer():
+    with FakeTensorMode(), cuda_attention(dtype) if cuda else nullcontext(), _own_loss():
         model = _share(config, lora, tp, dtype)
         model.recompute = recompute
         if cuda:
@@ -196,11 +196,12 @@ def rehearse_step(
                 weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
-                for _ in range(passes):
-                    x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
-                    with autocast(torch.device("cpu"), dtype):
-                        _, value = model(x, y, only_loss=True)
-                    value.backward()
+                with loss.unchanged_weights():
+                    for _ in range(passes):
+                        x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
+                        with autocast(torch.device("cpu"), dtype):
+                            _, value = model(x, y, only_loss=True)
+                        value.backward()
                 optimizer.step()
                 kept = [weight.grad for weight in dense]
                 for parameter in trained:
@@ -214,11 +215,16 @@ def rehearse_step(
 
 
 @contextmanager
-def _own_buffer() -> Iterator[None]:
-    """loss.py keeps its buffer from step to step: a rehearsal's is to be new, and no real step is to find it."""
+def _own_loss() -> Iterator[None]:
+    """loss.py keeps its buffer from step to step: a rehearsal's is to be new, and no real step is to find it. Which
+    tokens are sure is a matter of numbers, which a rehearsal has none of."""
     loss.forget_buffer()
-    yield
-    loss.forget_buffer()
+    others, loss._others = loss._others, lambda logits, p: 1 - p
+    try:
+        yield
+    finally:
+        loss._others = others
+        loss.forget_buffer()
 
 
 def rehearse_generation(
