@@ -11,8 +11,10 @@ of weights, `adapters/` in PEFT's format, and knows where its base lies and whic
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -101,8 +103,9 @@ import files
 import hub
 import hugging_face
 import lora
+from device import check_device
 from model import GPT, GPTConfig
-from weights import build_model, model_args, read_checkpoint, reshaped
+from weights import build_model, check_saveable, model_args, read_checkpoint, reshaped
 
 
 class CheckpointManager:
@@ -140,12 +143,8 @@ class CheckpointManager:
         (adapters.fingerprint_of).
         """
         directory, model = Path(directory), bare(model)
-        adapted = bool(names := lora.adapter_names(model))
-        if adapted != ("base" in metadata) or len(names) > 1:
-            raise ValueError(
-                f"{directory}: a model with one adapter is saved with its base (CheckpointManager.base_reference), or "
-                f"merged first (lora.merge_lora); one without has none, and this one has {', '.join(names) or 'none'}"
-            )
+        _check_before_saving(directory, names := lora.adapter_names(model), metadata, training_state)
+        adapted = bool(names)
         arguments = model_args(model.config)
         own = lora.lora_state_dict(model) if adapted else {}
         common = {
@@ -205,6 +204,7 @@ class CheckpointManager:
         """
         if lora_config and not apply_lora:
             raise ValueError("lora_config is given, but apply_lora is not true")
+        check_device(device)
         directory, name = _locate(path)
         if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
@@ -364,6 +364,22 @@ def bare(model: nn.Module) -> GPT:
     return model
 
 
+def _check_before_saving(
+    directory: Path, names: list[str], metadata: dict[str, Any], training_state: dict[str, Any] | None
+) -> None:
+    """Raise ValueError for what `save_checkpoint` could not save, or nobody could open again."""
+    if bool(names) != ("base" in metadata) or len(names) > 1:
+        raise ValueError(
+            f"{directory}: a model with one adapter is saved with its base (CheckpointManager.base_reference), or "
+            f"merged first (lora.merge_lora); one without has none, and this one has {', '.join(names) or 'none'}"
+        )
+    missing = {"config", "iter_num", "best_val_loss"} - metadata.keys()
+    if missing or not math.isfinite(metadata["best_val_loss"]):
+        raise ValueError(f"{directory}: metadata needs {', '.join(sorted(missing)) or 'a finite best_val_loss'}")
+    check_saveable(metadata["config"], "config")
+    check_saveable(training_state, "training_state")
+
+
 def _sha256(directory: Path, name: str) -> str:
     """Of the weights of a directory: as its marker has it, which loading them compares, or of the file."""
     marker = files.read_marker(directory)
@@ -372,7 +388,7 @@ def _sha256(directory: Path, name: str) -> str:
     if name in (marker or {"files": {}})["files"]:
         return marker["files"][name]["sha256"]
     digests = []
-    for path in hub.weight_files(directory) if name in hub.WEIGHTS else [directory / name]:
+    for path in hub.weight_files(directory, name) if name in hub.WEIGHTS else [directory / name]:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -386,9 +402,11 @@ def _load_of_one_save(
         marker = files.read_marker(directory)
         try:
             if is_lora(marker):
-                model, checkpoint = _load_adapted(directory, marker, base, device)
+                model, checkpoint = _load_adapted(directory, marker, base, device, mapped)
             elif name in hub.WEIGHTS:
-                model = families.load_pretrained(directory, device=device, mapped=mapped)
+                ours = name in (marker or {"files": {}})["files"]
+                with files.open_verified(directory, name) if ours else contextlib.nullcontext():
+                    model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
                 checkpoint = {"model_args": model_args(model.config)}
             else:
                 checkpoint = _load(directory, name, device, mapped)
@@ -401,10 +419,10 @@ def _load_of_one_save(
 
 
 def _load_adapted(
-    directory: Path, about: dict[str, Any], base: str | Path | None, device: str | torch.device
+    directory: Path, about: dict[str, Any], base: str | Path | None, device: str | torch.device, mapped: bool
 ) -> tuple[GPT, dict[str, Any]]:
     """The model of a LoRA directory, and what a ckpt.pt would say besides the weights."""
-    model, _ = CheckpointManager.load_base(directory, base, device)
+    model, _ = CheckpointManager.load_base(directory, base, device, mapped=mapped)
     names = (MODEL_ARGS, CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     content = {}
     for name in names:
@@ -481,7 +499,7 @@ def _adapter_files(model: GPT, base: str, fingerprint: str | None) -> dict[str, 
     """The active adapter for PEFT, which looks for `base` where this run did."""
     # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
-    folder = Path(base).parent if Path(base).suffix == ".pt" else Path(base)
+    folder = _locate(base)[0] if Path(base).expanduser().exists() else base  # which may be called by its hub id
     described = {"base": str(folder), "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}

@@ -279,6 +279,7 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
     files = [a for a in arguments if "=" not in a and not a.startswith("-")]
     for path in files:
         given |= _settled(_read_file(path, problems), problems)
+    begun = given.get("init_from", ("scratch", ""))  # as the files have it, whatever an argument says of resuming
     entries = []
     for argument in (a for a in arguments if a not in files):
         key, equals, text = argument.removeprefix("--").partition("=")
@@ -302,27 +303,37 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
             values[key] = _typed(key, value)
         except ValueError as error:
             problems.append(f"{source}: {error}")
-    config = RunConfig(**values)
-    steps, (_, source) = config.gradient_accumulation_steps, given.get("gradient_accumulation_steps", (None, ""))
-    if config.lora_one_micro_batch and source and steps > 1:
-        problems.append(f"{source}: gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true")
+    config, sources = RunConfig(**values), {key: source for key, (_, source) in given.items()}
+    problems += _contradictions(config, sources)
+    if config.init_from == "resume" and not config.out_dir and begun[0] not in ("scratch", "resume"):
+        problems.append(
+            f"the run that begins with init_from={begun[0]} ({begun[1]}) is named after it: give its out_dir"
+        )
     if config.init_from != "resume":  # what was not given may yet come from the saved run: merge_resumed looks then
         problems += config.problems()
     if problems:
         raise ValueError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
-    return config, {key: source for key, (_, source) in given.items()}
+    return config, sources
+
+
+def _contradictions(config: RunConfig, sources: dict[str, str]) -> list[str]:
+    """What is wrong only because it was given, and not a default."""
+    steps, source = config.gradient_accumulation_steps, sources.get("gradient_accumulation_steps")
+    if not (source and config.lora_one_micro_batch and steps > 1):
+        return []
+    return [f"{source}: gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true"]
 
 
 def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
     """(key, value, "file:line") of every assignment: run the file, and ask its syntax tree where each name stands."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
         namespace = runpy.run_path(path)
     except FileNotFoundError:
         close = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
         problems.append(f"{path}: no such configuration file" + (f"; did you mean {close[0]}?" if close else ""))
         return []
-    except Exception as error:  # whatever a user's file can raise, it is that file's fault
+    except (Exception, SystemExit) as error:  # whatever a user's file can raise, it is that file's fault
         problems.append(f"{path}: {type(error).__name__}: {error}")
         return []
     lines: dict[str, int] = {}
@@ -436,7 +447,7 @@ def merge_resumed(
         if new != old and effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
             (warnings if effect == "warn" else problems).append(sentence)
-    return merged, warnings, problems + merged.problems()
+    return merged, warnings, problems + _contradictions(merged, given) + merged.problems()
 
 
 def help_text(config: RunConfig) -> str:

@@ -16,14 +16,20 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         name = f"cuda:{local_rank}" if cuda else "mps" if mps else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:  # each backend has errors of its own
-        raise ValueError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = check_device(name)
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device={name} cannot be used here: there are cpu, cuda and mps")
     return device
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The same, if it is there. Raises ValueError if it is not."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except Exception as error:  # each backend has errors of its own
+        raise ValueError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return found
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:

@@ -112,6 +112,8 @@ def to_gguf(directory: Path, out: Path | None = None, dtype: str = "float32", ba
         count = read_back(gguf, staged, facts, tensors(model, layout), kind)
         os.replace(staged, out)
         files.sync_directory(out.parent)
+    except OSError as error:
+        raise files.save_error(out, error) from None
     finally:
         staged.unlink(missing_ok=True)
     size = out.stat().st_size / 1e6

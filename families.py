@@ -143,12 +143,18 @@ FAMILIES = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        GEMMA,
+        {key: name for key, name in GEMMA.items() if key != "attn_logit_softcapping"},
         _defaults(262208, 2304, 9216, 26, 8, 4, 256, 131072, 1e-6, True, **GEMMA_MORE)
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
+        | {"final_logit_softcapping": None, "sliding_window_pattern": 6}
         | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         GEMMA_ALWAYS | {"qk_norm": True},
-        neutral=("_sliding_window_pattern", "mm_tokens_per_image", *(f"{kind}_token_index" for kind in IMAGE)),
+        # Transformers keeps the cap that Gemma 2 has, and does not compute it.
+        neutral=(
+            "attn_logit_softcapping",
+            "_sliding_window_pattern",
+            "mm_tokens_per_image",
+            *(f"{kind}_token_index" for kind in IMAGE),
+        ),
         windows=lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
         divisible=True,
         renamed={r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head": "lm_head"},
@@ -458,17 +464,19 @@ def load_pretrained(
     local_files_only: bool = True,
     ignore: Collection[str] = (),
     mapped: bool = False,
+    name: str | None = None,
 ) -> GPT:
     """The model in a folder of Hugging Face's format, or of a hub id: from its cache, or downloaded where allowed.
 
     Tensors are read one at a time, into `dtype` (None: that of the stored embedding) on `device`; if `mapped`, they
-    stay in their files, as they are there, and what is not looked at is not read. `ignore`: see read_config.
+    stay in their files, as they are there, and what is not looked at is not read. `name`: that of the file of weights,
+    where there are several. `ignore`: see read_config.
     Raises FileNotFoundError where there is no model, ValueError for one that would not be the same here.
     """
     folder = find(path_or_hub_id, revision=revision, local_files_only=local_files_only)
     hf = read_json(folder / CONFIG)
     config = read_config(hf, folder / CONFIG, ignore)
-    return load_state(config, family_of(hf, folder)[0], stored_tensors(folder), folder, dtype, device, mapped)
+    return load_state(config, family_of(hf, folder)[0], stored_tensors(folder, name), folder, dtype, device, mapped)
 
 
 def load_state(

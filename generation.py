@@ -53,6 +53,9 @@ class Generation:
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
             stops = torch.tensor(list(stop_tokens), dtype=idx.dtype, device=idx.device)
             for step in range(max_new_tokens):
+                if self.training:  # another stream has ended meanwhile
+                    was_training = True
+                    self.eval()
                 idx = idx[:, -limit:]
                 attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
                 if cache is not None and cache.length == limit:
@@ -83,6 +86,14 @@ def pad_left(idx: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return idx.gather(1, order), attention_mask.gather(1, order)
 
 
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises ValueError for a setting outside its range."""
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {temperature}, {top_k} and {top_p}"
+        )
+
+
 def sample(
     logits: Tensor,
     temperature: float = 1.0,
@@ -95,10 +106,7 @@ def sample(
     top_k keeps the k likeliest tokens, of equally likely ones any; top_p (Holtzman et al. 2020) the smallest set whose
     probabilities reach it. Raises ValueError for settings outside their range.
     """
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1, not {temperature}, {top_k} and {top_p}"
-        )
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / max(temperature, COLDEST), None
@@ -112,6 +120,8 @@ def sample(
         logits = logits.masked_fill(outside, -math.inf)
     # torch.multinomial draws a number for every id, which takes longer than all of the above.
     ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64 if logits.device.type != "mps" else None)  # (B, V)
+    if not ends[:, -1].isfinite().all():
+        raise ValueError("the logits have numbers that are not finite: nothing can be drawn from them")
     drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
     token = torch.searchsorted(ends, drawn, right=True)
     return (token if ids is None else ids.gather(1, token))[:, 0]

@@ -72,24 +72,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's tensors: one, or an index and the shards that it names. Safetensors come first."""
-    name = next((name for name in WEIGHTS if (folder / name).exists()), None)
+def weight_files(folder: Path, name: str | None = None) -> list[Path]:
+    """The files that hold a model's tensors: one, or an index and the shards that it names. Safetensors come first,
+    where none of WEIGHTS is named."""
+    name = name or next((name for name in WEIGHTS if (folder / name).exists()), None)
     if name is None:
         raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHTS)}")
     if not name.endswith(".index.json"):
         return [folder / name]
-    shards = sorted(set(read_json(folder / name).get("weight_map", {}).values()))
+    shards = read_json(folder / name).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(
+            f"{folder / name} is no index of weights: its weight_map does not name the file of each tensor"
+        )
+    shards = sorted(set(shards.values()))
     bad = [shard for shard in shards if Path(shard).name != shard or not (folder / shard).exists()]
     if bad or not shards:
         raise FileNotFoundError(f"{folder / name} names files that are not there: {', '.join(bad) or 'none at all'}")
     return [folder / name, *(folder / shard for shard in shards)]
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's safetensors file or shards, or else of its .bin ones, unread."""
+def stored_tensors(folder: Path, name: str | None = None) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors file or shards, or else of its .bin ones, or of the one named; unread."""
     tensors = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, name):
         if path.suffix != ".json":
             tensors |= (_from_bin if path.suffix == ".bin" else _from_safetensors)(path)
     return tensors
@@ -114,6 +120,8 @@ def _from_bin(path: Path) -> dict[str, Stored]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or an unsafe pickle raises
         raise ValueError(f"{path} does not load as tensors alone: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds something other than named tensors")
     return {name: Stored(tuple(tensor.shape), partial(lambda tensor: tensor, tensor)) for name, tensor in state.items()}
 
 

@@ -32,7 +32,7 @@ class Logbook:
 
     def progress(self, text: str) -> None:
         """A line that the next one overwrites; nothing where the output is a file."""
-        if self.speak and sys.stdout.isatty():
+        if self.speak and sys.stdout and sys.stdout.isatty():
             self._print(f"\r\x1b[K{text}", end="")
             self.live = True
 
@@ -58,9 +58,9 @@ class Logbook:
         self.live = False
         try:
             print(text, end=end, flush=True)
-        except BrokenPipeError:
-            # Whoever read along has gone, and the run goes on. What is still buffered must find an end as well, or the
-            # interpreter fails on it when it exits.
+        except OSError:
+            # Whoever read along has gone, or has no room left, and the run goes on. What is still buffered must find an
+            # end as well, or the interpreter fails on it when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -51,8 +51,12 @@ class Adapter(nn.Module):
         self.scale = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., in) to (..., out), computed in `dtype`. The (..., rank) in between is the cheap place to scale."""
-        return F.linear(self.down(x, self.A.to(dtype)) * self.scale, self.B.to(dtype))
+        """(..., in) to (..., out), computed in `dtype`."""
+        return F.linear(self.scaled(x, dtype), self.B.to(dtype))
+
+    def scaled(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The (..., rank) in between, which is the cheap place to scale."""
+        return self.down(x, self.A.to(dtype)) * self.scale
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(F.dropout(x, self.dropout, self.training), A)
@@ -80,14 +84,21 @@ class Adapters(nn.ModuleDict):
 
     active: str | None = None  # the one that acts, if it is here
 
+    def acting(self) -> Adapter | None:
+        return self._modules.get(self.active)  # a ModuleDict has no get of its own
+
 
 class Adapted:
     """Mixed into the class of a layer for as long as it has adapters."""
 
     def forward(self, input: Tensor) -> Tensor:  # as torch's own layers call it
-        y = super().forward(input)
-        active = self.lora.active
-        return y + self.lora[active](input, y.dtype) if active in self.lora else y
+        y, adapter = super().forward(input), self.lora.acting()
+        return y if adapter is None else y + adapter(input, y.dtype)
+
+    def extra(self, input: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The operands of the product that the acting adapter adds, (..., rank) and (out, rank), if there is one."""
+        adapter = self.lora.acting()
+        return None if adapter is None else (adapter.scaled(input, input.dtype), adapter.B)
 
 
 @cache
@@ -145,6 +156,8 @@ def adapters_of(model: nn.Module, name: str | None) -> dict[str, Adapter]:
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a layer that LoRA can adapt, None of any other module."""
+    if not isinstance(getattr(module, "weight", None), nn.Parameter):
+        return None  # it is computed anew each time, as by torch.nn.utils.parametrizations, and no delta would stay
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
@@ -155,6 +168,11 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
         return weight.size(0), weight.size(1)  # Transformers' Conv1D: a linear layer that stores (in, out)
     return None
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Whole numbers, or those of 8 bits, which mean nothing without a scale that lies elsewhere."""
+    return not weight.is_floating_point() or weight.itemsize == 1
 
 
 def _ties(model: nn.Module) -> dict[str, list[str]]:
@@ -306,7 +324,7 @@ def install(
     layers, active = adaptable(model), active_adapter(model)
     for path, (A, B, alpha) in parts.items():
         layer, weight = layers[path], layers[path].weight
-        to = dtype or (weight.dtype if weight.is_floating_point() else A.dtype)  # a quantised weight is whole numbers
+        to = dtype or (A.dtype if _is_quantised(weight) else weight.dtype)
         A, B = (tensor.to(weight.device, to) for tensor in (A, B))
         _hang(layer, adapter, kind_of(layer)(A, B, alpha, use_rslora, dropout))
     if active is None:
@@ -421,10 +439,11 @@ class MergeReport:
 def merge_lora(model: nn.Module, adapter: str | None = None, dtype: torch.dtype | None = None) -> MergeReport:
     """Add an adapter's deltas to the weights and take LoRA out: the plain modules of before, all trainable.
 
-    A sum is cast once, to its weight's dtype or to `dtype`: torch.float32 merges a bfloat16 model without rounding. A
-    merged layer that shared its weight gets its own, and if the token embedding is one of the two,
-    `model.config.tie_word_embeddings` becomes False, or loading would tie them again. Raises ValueError, and changes
-    nothing, for a sum that is not finite, a quantised weight, or several adapters of which none is named.
+    A sum is cast once, to its weight's dtype or to `dtype`: torch.float32 merges a bfloat16 model without rounding, and
+    `model.float()` then gives it the rest in that dtype. A merged layer that shared its weight gets its own, and if the
+    token embedding is one of the two, `model.config.tie_word_embeddings` becomes False, or loading would tie them
+    again. Raises ValueError, and changes nothing, for a sum that is not finite, a quantised weight, or several adapters
+    of which none is named.
     """
     if adapter is None and len(names := adapter_names(model)) > 1:
         raise ValueError(f"merging keeps one adapter and drops the others, so name it: {', '.join(names)}")
@@ -454,7 +473,7 @@ def _merge(
 ) -> tuple[nn.Parameter, Tensor, Tensor]:
     """The merged weight, the delta in it, and the error of rounding their sum to `dtype` or the weight's own."""
     weight = layer.weight
-    if not weight.is_floating_point():
+    if _is_quantised(weight):
         raise ValueError(f"{path} is quantised ({weight.dtype}): an adapter merges into dequantised weights only")
     # Autocast and TF32 round a float32 product, and leave a float64 one alone. MPS has no float64.
     exact = torch.float32 if weight.device.type == "mps" else torch.float64

@@ -19,38 +19,48 @@ BUFFER = 1 << 26  # logits held at a time; more tokens take several rounds
 ROWS = 16  # that are held in float32 at a time where they have to be: 3 MB of 50,257 ids
 SURE = 0.5  # a target's probability beyond which it is counted from what the others have
 PART = 12_608  # columns of a product at a time: what belongs to them stays in the cache, and two products are faster
+FEW = 64  # columns of a product that are better made as rows
 ALIGNED = 64  # the buffer has a multiple of this many columns, for which the weight's gradient is a quarter faster
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, extra: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """F.cross_entropy(F.linear(x, weight), targets): the mean over targets (N,) other than `ignore_index`, in nats.
 
-    x is (N, C); weight (V, C) may be wider, and is multiplied as what x is. The result is in float32 at least. While it
-    trains, probabilities are rounded to the dtype of x, of which a token's loss shows 0.002 nats in bfloat16, and a
-    target with one below 1e-38 counts as 87 nats.
+    x is (N, C); weight (V, C) may be wider, and is multiplied as what x is. `extra`, (N, r) and (V, r), are operands of
+    a product to add to the logits: LoRA's. The result is in float32 at least. While it trains, probabilities are
+    rounded to the dtype of x, of which a token's loss shows 0.002 nats in bfloat16, and a target with one below 1e-38
+    counts as 87 nats.
     """
-    narrow = _narrow(weight, x.dtype)
+    weights = (weight,)
+    if extra is not None:  # one product of wider operands
+        x, weights = torch.cat([x, extra[0]], dim=1), (weight, extra[1])
+    narrow = _narrow(weights, x.dtype)
     if not torch.is_grad_enabled():  # which the function itself is not told
-        x, weight = x.detach(), weight.detach()
-    return LinearCrossEntropy.apply(x, weight, narrow, targets, ignore_index)
+        x, weights = x.detach(), [weight.detach() for weight in weights]
+    return LinearCrossEntropy.apply(x, narrow, targets, ignore_index, *weights)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, master: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *masters: Tensor
     ) -> Tensor:
+        """The `masters` are what `weight` (V, C) was cast from, side by side."""
         (N, _), V = x.shape, weight.size(0)
-        for_x, for_weight = ctx.needs_input_grad[:2]
+        for_x, for_masters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         wide = torch.promote_types(x.dtype, torch.float32)
         counted = targets != ignore_index
-        share = counted.to(wide) / counted.sum()  # (N,): what each token's loss counts
-        shared = x * share[:, None].to(x.dtype)
+        ids = targets.where(counted, 0)
+        weight[:, 0].gather(0, ids)  # raises for an id that is no row of it; what indexes the padded buffer would not
+        count = counted.sum(dtype=wide)
+        read = (x * counted[:, None]).split([master.size(1) for master in masters], dim=1)
         columns = -(-V // ALIGNED) * ALIGNED
         parts = [slice(at, min(V, at + PART)) for at in range(0, V, PART)]
         buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
-        losses_of = _losses_and_gradients if for_x or for_weight else _losses
-        loss, dx, dweight = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, None
+        losses_of = _losses_and_gradients if for_x or any(for_masters) else _losses
+        loss, dx, dmasters = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, [None] * len(masters)
         for start in range(0, N, len(buffer)):
             rows = slice(start, start + len(buffer))
             padded = buffer[: N - start]
@@ -58,25 +68,28 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = padded[:, :V]
             for part in parts:
                 torch.mm(x[rows], weight[part].t(), out=logits[:, part])
-            target = targets[rows].where(counted[rows], 0)
             # Not as a matrix product: autocast would round that.
-            loss += (losses_of(padded, target, wide) * share[rows]).sum()
+            loss += (losses_of(padded, ids[rows], wide) * counted[rows]).sum()
             if for_x:
                 total = sum(torch.mm(logits[:, part], weight[part]).to(wide) for part in parts)
-                torch.mul(total, share[rows, None], out=dx[rows])
-            if for_weight:
-                product = (padded.t() @ shared[rows])[:V]  # (V, C)
-                if len(buffer) < N and dweight is None:
+                torch.mul(total, counted[rows, None], out=dx[rows])
+            for i, wanted in enumerate(for_masters):
+                if not wanted:
+                    continue
+                product = _transposed_product(padded, read[i][rows])[:V]  # of the master's shape
+                if len(buffer) < N and start == 0:
                     product = product.to(wide)  # a sum over several rounds is not to be rounded at each
-                dweight = product if dweight is None else dweight.add_(product)
-        ctx.save_for_backward(dx, dweight)
-        return loss
+                dmasters[i] = product if start == 0 else dmasters[i].add_(product)
+        ctx.save_for_backward(dx, *dmasters)
+        ctx.share = 1 / count.clamp(min=1)  # where nothing counts the loss is no number, and the gradients are zero
+        return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the larger one takes as long to write as it took to compute. A second call is then an error.
-        return *(None if made is None else made.mul_(gradient) for made in ctx.saved_tensors), None, None, None
+        dx, *dmasters = (None if made is None else made.mul_(gradient * ctx.share) for made in ctx.saved_tensors)
+        return dx, None, None, None, *dmasters
 
 
 _kept = threading.local()
@@ -106,13 +119,21 @@ def unchanged_weights() -> Iterator[None]:
         _kept.narrow = None
 
 
-def _narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _narrow(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """In `dtype` and side by side, (V, C)."""
     held = getattr(_kept, "narrow", None)
-    if held is None or weight.dtype == dtype:
-        return weight.detach().to(dtype)
-    if (weight, dtype) not in held:
-        held[weight, dtype] = weight.detach().to(dtype)
-    return held[weight, dtype]
+    if held is not None and (weights, dtype) in held:
+        return held[weights, dtype]
+    narrow = [weight.detach().to(dtype) for weight in weights]
+    narrow = torch.cat(narrow, dim=1) if len(narrow) > 1 else narrow[0]
+    if held is not None:
+        held[weights, dtype] = narrow
+    return narrow
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a.t() @ b, where b has many rows. Of a few columns, an adapter's, it is transposed in half the time."""
+    return a.t() @ b if b.size(1) >= FEW else (b.t() @ a).t()
 
 
 def _losses(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:

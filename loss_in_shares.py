@@ -47,7 +47,7 @@ class LinearCrossEntropyInShares(torch.autograd.Function):
             if for_weight:
                 dweight += gradient.t() @ x[rows]
         ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
-        return loss
+        return loss / (share > 0).any()  # without a target no number, and no gradient
 
     @staticmethod
     @once_differentiable
@@ -61,7 +61,7 @@ class CrossEntropyInShares(torch.autograd.Function):
         share = _share(targets, ignore_index, torch.promote_types(logits.dtype, torch.float32))
         losses, gradient = _losses(logits, targets, share, first, group)
         ctx.save_for_backward(gradient.to(logits.dtype))
-        return (losses * share).sum()
+        return (losses * share).sum() / (share > 0).any()
 
     @staticmethod
     @once_differentiable
@@ -72,7 +72,7 @@ class CrossEntropyInShares(torch.autograd.Function):
 def _share(targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """(N,): what each token's loss counts."""
     counted = targets != ignore_index
-    return counted.to(dtype) / counted.sum()
+    return counted.to(dtype) / counted.sum().clamp(min=1)
 
 
 def _losses(logits: Tensor, targets: Tensor, share: Tensor, first: int, group) -> tuple[Tensor, Tensor]:

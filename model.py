@@ -295,7 +295,7 @@ class GPT(Generation, nn.Module):
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x)
-            kept = not (self.recompute and torch.is_grad_enabled())
+            kept = not (self.recompute and torch.is_grad_enabled()) or attentions is not None  # which hold as much
             x = block(x, now) if kept else checkpoint(block, x, now, use_reentrant=False)
         x = self.final_norm(x)
         if hidden_states is not None:
@@ -325,14 +325,18 @@ class GPT(Generation, nn.Module):
         return logits_of(self.lm_head(x), self.config.logit_softcap)
 
     def _fused_loss(self, x: Tensor, targets: Tensor) -> Tensor | None:
-        """The loss without logits, or None where that is not faster (loss.py) or the head is more than a product."""
+        """The loss without logits, or None where that is not faster (loss.py) or the head is more than products."""
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        plain = type(self.lm_head) is nn.Linear and self.config.logit_softcap is None
-        if not plain or kind != "cpu" or dtype == torch.float16 or torch.compiler.is_compiling():
+        head = self.lm_head
+        plain = getattr(head, "plain_class", type(head)) is nn.Linear and head.bias is None
+        slower = kind != "cpu" or dtype == torch.float16 or torch.compiler.is_compiling()
+        if not plain or slower or self.config.logit_softcap is not None:
             return None
-        return linear_cross_entropy(x.flatten(0, 1).to(dtype), self.lm_head.weight, targets.flatten(), IGNORE_INDEX)
+        x = x.flatten(0, 1).to(dtype)
+        extra = None if type(head) is nn.Linear else head.extra(x)  # LoRA's
+        return linear_cross_entropy(x, head.weight, targets.flatten(), IGNORE_INDEX, extra)
 
     def _masks(self, seen: int, T: int, attention_mask: Tensor | None) -> dict[bool, Tensor | None]:
         S, window = seen + T, self.config.sliding_window
@@ -370,10 +374,13 @@ class GPT(Generation, nn.Module):
         """Shorten the context in place, keeping the first position embeddings. Raises ValueError for a longer one."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} must lie between 1 and the model's {self.config.block_size}")
+        if self.config.block == "gpt2" and type(self.transformer.wpe) is not nn.Embedding:
+            raise ValueError("the position embeddings have an adapter, of a row for each: merge it, then crop them")
         self.config = replace(self.config, block_size=block_size)
         if self.config.block == "gpt2":
-            weight = self.transformer.wpe.weight[:block_size].clone()
-            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
+            wpe = self.transformer.wpe
+            wpe.num_embeddings, weight = block_size, wpe.weight
+            wpe.weight = nn.Parameter(weight[:block_size].detach().clone(), weight.requires_grad)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         weight = self.final_norm.weight  # as wide as activations are, whatever holds the matrices (packed.py)

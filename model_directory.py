@@ -34,6 +34,8 @@ LOG = "training_log.txt"
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 DEPLOYED = (WEIGHTS, HF_WEIGHTS, MODEL_ARGS, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG)
+OF_A_RUN = {*DEPLOYED, STATE, SHARDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, LOG, METRICS, PLOT}
+OF_A_RUN |= {files.MARKER, files.PENDING}  # and shards, and what is being written
 
 
 def is_lora(about: dict[str, Any] | None) -> bool:
@@ -143,8 +145,10 @@ def deploy(directory: Path, destination: Path) -> str:
     if is_lora(about):
         raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
     there = read_about(destination) if destination.is_dir() else None
-    if there is not None and there["name"] != about["name"]:
+    if there is not None and (there["name"] != about["name"] or is_lora(there)):
         raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
+    if there is not None and (STATE in there["files"] or destination.resolve() == directory.resolve()):
+        raise ValueError(f"{destination} holds a run, which weights from elsewhere would end: choose a new folder")
     if there is None and destination.exists() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
 
@@ -159,15 +163,17 @@ def deploy(directory: Path, destination: Path) -> str:
 
     iteration = (about.get("best") or about)["iter_num"]
     deployed = {key: value for key, value in about.items() if key != "files"} | {"iter_num": iteration}
-    files.commit(destination, {name: copy(name) for name in DEPLOYED if name in about["files"]}, deployed)
-    arguments = json.loads((destination / MODEL_ARGS).read_bytes())
-    files.write_atomic(destination / CARD, model_card(deployed, arguments).encode())
+    with files.lock(destination):
+        files.commit(destination, {name: copy(name) for name in DEPLOYED if name in about["files"]}, deployed)
+        arguments = json.loads((destination / MODEL_ARGS).read_bytes())
+        files.write_atomic(destination / CARD, model_card(deployed, arguments).encode())
     size = f"{size_on_disk(destination) / 1e6:,.0f} MB"
     return f"{about['name']}, best at iteration {iteration:,}, is in {destination} ({size})"
 
 
 def superseded(complete: list[Path]) -> dict[Path, str]:
-    """Complete models of which a newer version is complete and no worse: v2 after v1 after none, dates by date."""
+    """Complete models of which a newer version is complete and no worse: v2 after v1 after none, dates by date. Losses
+    of other text, or by other tokens, say nothing of that."""
     versions: dict[ModelName, list[tuple[list[int], Path]]] = {}
     for path in complete:
         with contextlib.suppress(ValueError):  # a name outside the convention has no versions
@@ -177,19 +183,42 @@ def superseded(complete: list[Path]) -> dict[Path, str]:
     found = {}
     for group in versions.values():
         newest = max(group)[1]
-        loss = read_about(newest)["best_val_loss"]
-        older = (path for _, path in group if path != newest and read_about(path)["best_val_loss"] >= loss)
-        found |= {path: f"superseded by {newest.name}" for path in older}
+        best = read_about(newest)
+        for path in (path for _, path in group if path != newest):
+            about = read_about(path)
+            alike = all(_fingerprint(about, of) == _fingerprint(best, of) for of in ("dataset", "tokenizer"))
+            if alike and about["best_val_loss"] >= best["best_val_loss"]:
+                found[path] = f"superseded by {newest.name}"
     return found
+
+
+def _fingerprint(about: dict[str, Any], of: str) -> str | None:
+    return (about.get(of) or {}).get("fingerprint")
+
+
+def _kept_though_torn(directory: Path) -> str:
+    """Why a torn directory is not to be deleted: its weights are whole, or not all that is in it is a run's."""
+    with contextlib.suppress(ValueError):  # of a marker that is none
+        listed = (files.read_marker(directory) or {"files": {}})["files"]
+        for name in (WEIGHTS, ADAPTER_WEIGHTS):
+            path = files.find(directory, name)
+            if name in listed and path.is_file() and path.stat().st_size == listed[name].get("size"):
+                return f"it is torn, but its {name} is whole"
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        shard = re.fullmatch(r"last/shard-\d+\.safetensors", name)
+        if not (name in OF_A_RUN or shard or path.suffix == files.NEW):
+            return f"it is torn, but {name} is no file of a run"
+    return ""
 
 
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
     states = models_in(root)
     complete = [path for path, state in states.items() if state == "complete"]
-    doomed = {path: "torn" for path, state in states.items() if state == "torn"}
-    doomed |= superseded(complete)
-    lines = []
+    torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}
+    lines = [f"kept {path}: {why}" for path, why in torn.items() if why]
+    doomed = {path: "torn" for path, why in torn.items() if not why} | superseded(complete)
     for path in complete:
         if is_lora(about := read_about(path)):
             base = (path / about["base"]["path"]).parent.resolve()  # the file may be a link to elsewhere

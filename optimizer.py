@@ -59,6 +59,15 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return Together(adamw, muon)
 
 
+def restore(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
+    """Fill it with saved moments. Rates, decay and betas stay as they are: what they were is saved too, and a resumed
+    run may have others."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
 def set_rate(optimizer: torch.optim.Optimizer | Together, rate: float) -> None:
     """The run's learning rate at a step, to every group."""
     for group in optimizer.param_groups:

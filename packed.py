@@ -9,10 +9,12 @@ weights of a row share a scale, and the activations are rounded to bfloat16.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from device import pick_dtype
 
 LARGEST = torch.finfo(torch.float16).max
+STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
 
 
 class HalfLinear(nn.Module):
@@ -33,14 +35,17 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        weight = layer.weight.detach().float()
+        self.missing = -layer.in_features % STRIDE
+        weight = F.pad(layer.weight.detach().float(), (0, self.missing))
         self.scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
         self.weight = (weight / self.scales[:, None]).round().to(torch.int8)
         self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # the product's own scales would be rounded to it
         self.bias = None if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.ones)
+        rows = x.flatten(0, -2).bfloat16()
+        rows = F.pad(rows, (0, self.missing)) if self.missing else rows
+        y = torch._weight_int8pack_mm(rows, self.weight, self.ones)
         y = y.view(*x.shape[:-1], -1) * self.scales
         return y if self.bias is None else y + self.bias
 

@@ -55,6 +55,7 @@ import lora
 import packed
 from checkpoint import TOKENIZER, CheckpointManager
 from device import DTYPES, pick_device
+from generation import check_sampling
 from model import GPT
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
@@ -66,6 +67,8 @@ ROWS = 8  # texts generated at a time, for hardly more than the price of one
 def main(arguments: argparse.Namespace) -> int:
     try:
         sample(arguments)
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stdout = None
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
@@ -79,6 +82,7 @@ def sample(arguments: argparse.Namespace) -> None:
     cause."""
     if arguments.num_samples < 1 or arguments.max_new_tokens < 1:
         raise ValueError("--num_samples and --max_new_tokens must be at least 1")
+    check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     device = pick_device(arguments.device)
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
     tokenizer = find_tokenizer(arguments.tokenizer, metadata)
@@ -181,11 +185,11 @@ def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:
 
 def read_prompt(prompt: str | None) -> str:
     if prompt is None:
-        return "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:")).expanduser()
         try:
-            return path.read_text(encoding="utf-8").rstrip("\n")
+            return path.read_text(encoding="utf-8-sig").rstrip("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: {error}") from None
     return prompt

@@ -92,7 +92,6 @@ class Shares:
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], directory: Path) -> None:
         """Fill the optimizer's state, and the weights too where they lie in shards, whoever saved these."""
-        optimizer.load_state_dict({"state": {}, "param_groups": state["optimizer"]["param_groups"]})
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, saved in state["optimizer"]["state"].items():
             moments = {key: torch.zeros_like(parameters[i]) for key in ("exp_avg", "exp_avg_sq")}

@@ -39,7 +39,7 @@ from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
-from optimizer import build_optimizer, set_rate
+from optimizer import build_optimizer, restore, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 
@@ -296,7 +296,7 @@ class Trainer:
         if self.shares:
             self.shares.restore(self.optimizer, state, self.directory)
         else:
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # else the run had, or now has, another dtype
             self.scaler.load_state_dict(state["scaler"])
         self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
@@ -442,7 +442,8 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
             where = "before the first step, so there was nothing to save"
         if number:
             resume = f"python train.py --init_from=resume --out_dir={trainer.directory}"
-            trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\ngo on with: {resume}")
+            on = "start it again as before" if trainer.saved_at is None else f"go on with: {resume}"
+            trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\n{on}")
         else:
             trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
             trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')

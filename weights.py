@@ -21,7 +21,8 @@ def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device, mapp
             if "weights_only" in str(error).lower()
             else "it is cut short or no checkpoint"
         )
-        raise ValueError(f"{path} is refused: {reason} ({str(error).splitlines()[0][:120]})") from None
+        words = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path} is refused: {reason} ({words})") from None
     if (
         not isinstance(checkpoint, dict)
         or not isinstance(checkpoint.get("model"), dict)
@@ -51,6 +52,10 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     state = {_plain_name(key): tensor for key, tensor in weights.items()}
     # nanoGPT's first versions stored each layer's causal mask as a buffer.
     state = {key: tensor for key, tensor in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    if strange := [
+        key for key, tensor in state.items() if not (tensor.is_floating_point() and tensor.layout == torch.strided)
+    ]:
+        raise ValueError(f"{source} does not hold a model's weights: {strange[0]} is {state[strange[0]].type()}")
     try:
         model = on_meta(GPTConfig(**arguments))
     except (TypeError, ValueError) as error:
@@ -72,6 +77,20 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight  # assigning has parted them
     return model
+
+
+def check_saveable(value: Any, where: str) -> None:
+    """Raises ValueError for what torch.save would write and torch.load(weights_only=True) then refuse."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_saveable(key, f"a key of {where}")
+            check_saveable(part, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            check_saveable(part, f"{where}[{i}]")
+    elif not isinstance(value, Tensor) and type(value) not in (str, int, float, bool, bytes, type(None)):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(f"{where} is a {kind}, and a checkpoint holds tensors and Python's own values only")
 
 
 def _plain_name(key: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.format import FILES, SPLITS
-from data.sources import HubDataset, Source, Unreachable, from_files, from_hub
+from data.sources import UNITS, HubDataset, Source, Unreachable, from_files, from_hub
 from data.tokens import write_dataset
 from tokenizer import Tokenizer, gpt2, train_bpe
 
@@ -70,7 +70,7 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
     add = parser.add_argument_group("source").add_argument
     add("--source", choices=["auto", "hub", *offline, "files"], default="auto", help=auto)
     add("--files", nargs="+", metavar="PATH", help=".txt .md .rst .tex .jsonl .parquet, also .gz; folders; globs")
-    add("--split", choices=["file", "block", "line"], help=several)
+    add("--split", choices=UNITS, help=several)
     add("--text_column", metavar="NAME", help="column with the text in .jsonl, .parquet, hub (default: a usual name)")
     add("--num_samples", metavar="N", type=int, help=count)
     add("--hub_dataset", metavar="ID", help=f"default: {hub.id}")

@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-TEXT = (".txt", ".txt.gz", ".md", ".rst", ".tex")
+TEXT = tuple(kind + packed for kind in (".txt", ".md", ".rst", ".tex") for packed in ("", ".gz"))
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
+UNITS = ("file", "block", "line")
 TEXT_COLUMNS = ("text", "abstract", "content", "story", "body")
 LONGEST = 4 << 20  # characters; a longer document is cut at the end of a line, so that memory stays bounded
 
@@ -48,6 +49,8 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
     """
     if not patterns:
         raise ValueError("--source files needs --files PATH ...")
+    if split not in (None, *UNITS):
+        raise ValueError(f"--split {split} must be one of {', '.join(UNITS)}")
     paths = find_files(patterns)
     text = [path for path in paths if ending(path) in TEXT]
     if split and not text:
@@ -142,6 +145,8 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for record in batch.to_pylist():
                     yield text_of(record, column, str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, column {column}: not UTF-8 ({error})") from None
     except ArrowException as error:
         raise ValueError(f"{path} is damaged, or not parquet: {error}") from None
 

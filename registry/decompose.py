@@ -349,15 +349,16 @@ def input_of(model: nn.Module) -> nn.Module | None:
     """The embedding of tokens: the one that the model names, or the largest."""
     try:
         return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # not a Transformers model, or one without tokens
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return max(tables, key=lambda table: table.num_embeddings, default=None)
 
 
 def output_of(model: nn.Module) -> nn.Module | None:
+    """The head that the model names."""
     try:
         return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # not a Transformers model, or one without a head
         return None
 
 
@@ -392,7 +393,7 @@ def summarised(model: nn.Module, model_id: str, family: ModelFamily, parts: dict
     return ModelSpec(
         model_id=model_id,
         family=family,
-        hidden_dim=tokens.output_dim if tokens else width_of(values),
+        hidden_dim=width_of(values) or (tokens.output_dim if tokens else None),
         num_layers=len(layers),
         num_heads=attention.num_heads if attention else heads_of(values),
         vocab_size=tokens.input_dim if tokens else values.get("vocab_size"),

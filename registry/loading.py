@@ -20,13 +20,11 @@ import families
 from checkpoint import CheckpointManager
 from hub import read_json, stored_tensors
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
-from registry.catalogue import ARCHITECTURES
+from registry.catalogue import ALIASES, ARCHITECTURES
 from registry.plain_tokenizer import PlainTokenizer
 
 ENCODER, DECODER, SEQ2SEQ = ARCHITECTURES
 HEADED = {ENCODER: "AutoModelForMaskedLM", DECODER: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
-ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 QUANTIZATIONS = ("8bit", "4bit")
 # Keyword arguments of Transformers' from_pretrained that a configuration may hold; the others are ours to decide.
 LOAD_CONFIG = {

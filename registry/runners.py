@@ -153,7 +153,7 @@ class BaseModelRunner(ABC):
             table = getattr(module, "position_embeddings", None)
             if isinstance(table, nn.Embedding) and table.padding_idx is not None:  # RoBERTa's count from behind it
                 limits.append(table.num_embeddings - table.padding_idx - 1)
-        return min((limit for limit in limits if limit), default=None)
+        return min((limit for limit in limits if limit and limit > 0), default=None)
 
     @property
     def max_length(self) -> int | None:

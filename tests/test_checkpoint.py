@@ -1,19 +1,25 @@
 """checkpoint.py: names, round trips, foreign and hostile files, and the command line."""
 
+import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import kill_at_random_moments
+from safetensors.torch import load_file
 
 import files
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
+from model_directory import superseded
 from naming import ModelName, size_label
+from weights import model_args
 
 CONFIG = GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=16)
 
@@ -345,6 +351,63 @@ def test_a_directory_without_a_training_state_says_that_it_cannot_be_resumed(tmp
         CheckpointManager.load_training_state(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"config": {"learning_rate": np.float64(1e-3)}}, r"config\['learning_rate'\] is a numpy.float64"),
+        ({"config": {"out": [Path("x")]}}, r"config\['out'\]\[0\] is a pathlib"),
+        ({"best_val_loss": math.inf}, "a finite best_val_loss"),
+        ({"training_state": {"rng": np.random.get_state()}}, r"training_state\['rng'\]\[1\] is a numpy.ndarray"),
+    ],
+)
+def test_what_could_not_be_opened_again_replaces_nothing(tmp_path, metadata, words):
+    saved = save(tmp_path)
+    metadata = {"config": {}, "iter_num": 8, "best_val_loss": 1.0, **metadata}
+    with pytest.raises(ValueError, match=words):
+        state = metadata.pop("training_state", None)
+        CheckpointManager.save_checkpoint(model(1), tmp_path, metadata, training_state=state)
+    with pytest.raises(ValueError, match="metadata needs config, iter_num"):
+        CheckpointManager.save_checkpoint(model(1), tmp_path, {"best_val_loss": 1.0})
+    assert same(CheckpointManager.load_model(tmp_path)[0], saved)
+
+
+def test_the_file_that_is_named_is_the_one_that_loads_and_is_compared_first(tmp_path):
+    mine, other = save(tmp_path / "mine"), save(tmp_path / "other", seed=1)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "mine" / name, foreign)
+    torch.save(load_file(tmp_path / "other" / "model.safetensors"), foreign / "pytorch_model.bin")
+    assert same(CheckpointManager.load_model(foreign / "pytorch_model.bin")[0], other)
+    assert same(CheckpointManager.load_model(foreign)[0], mine)
+    digest = hashlib.sha256((foreign / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert CheckpointManager.base_reference(foreign / "pytorch_model.bin", tmp_path / "x")["sha256"] == digest
+
+    path = tmp_path / "mine" / "model.safetensors"
+    assert same(CheckpointManager.load_model(path)[0], mine)
+    path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its sha256"):
+        CheckpointManager.load_model(path)
+
+
+def test_a_device_that_is_not_there_is_no_fault_of_the_file(tmp_path):
+    save(tmp_path)
+    for load in (CheckpointManager.load_model, CheckpointManager.load_model_for_inference):
+        with pytest.raises(ValueError, match="device=nonsense cannot be used here"):
+            load(tmp_path, "nonsense")
+
+
+def test_an_empty_file_and_tensors_that_are_no_weights_are_refused(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(ValueError, match=r"ckpt.pt is refused: it is cut short or no checkpoint \(EOFError\)"):
+        CheckpointManager.load_model(tmp_path)
+    for change in (torch.Tensor.int, torch.Tensor.to_sparse):
+        state = model().state_dict() | {"transformer.ln_f.weight": change(torch.ones(CONFIG.n_embd))}
+        torch.save({"model": state, "model_args": model_args(CONFIG)}, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match=r"ln_f.weight is torch\."):
+            CheckpointManager.load_model(tmp_path)
+
+
 def test_a_missing_directory_names_its_neighbours(tmp_path):
     save(tmp_path / "gpt-1K-x-pretrain")
     with pytest.raises(FileNotFoundError, match="beside it: gpt-1K-x-pretrain"):
@@ -405,6 +468,20 @@ def test_deploy_copies_the_best_weights_alone(tmp_path, script):
     assert same(CheckpointManager.load_model(target)[0], newer)
 
 
+def test_deploy_ends_no_run(tmp_path, script):
+    save(tmp_path / "m")
+    there = save(tmp_path / "there" / "m", seed=1)
+    for target in (tmp_path / "there" / "m", tmp_path / "m"):
+        done = script("checkpoint.py", "deploy", tmp_path / "m", target)
+        assert done.returncode == 1 and "holds a run" in done.stderr
+    assert same(CheckpointManager.load_model(tmp_path / "there" / "m")[0], there)
+    for _ in range(2):  # a deployed model may be deployed to anew, but not from itself
+        assert script("checkpoint.py", "deploy", tmp_path / "m", tmp_path / "out").returncode == 0
+    with files.lock(tmp_path / "out"):
+        assert "written by another" in script("checkpoint.py", "deploy", tmp_path / "m", tmp_path / "out").stderr
+    assert script("checkpoint.py", "deploy", tmp_path / "out", tmp_path / "out").returncode == 1
+
+
 def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_path, script):
     for name in ("gpt-6K-x-pretrain", "gpt-6K-x-pretrain-v2", "gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1"):
         save(tmp_path / name)
@@ -418,6 +495,30 @@ def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_pa
     assert script("checkpoint.py", "prune", tmp_path, "--yes").returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1", "out"]
     assert "nothing to prune" in script("checkpoint.py", "prune", tmp_path).stdout
+
+
+def test_prune_keeps_torn_directories_of_which_something_can_be_used(tmp_path, script):
+    save(tmp_path / "without-state")
+    (tmp_path / "without-state" / "last" / "state.pt").unlink()
+    for name, file in (("notes", "my notes.txt"), ("log", "training_log.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training_log.txt").write_text("x")
+        (tmp_path / name / file).write_text("x")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "export_meta.json").write_text("[]")
+    (tmp_path / "others" / "weights.onnx").write_text("x")
+    done = script("checkpoint.py", "prune", tmp_path, "--yes")
+    for reason in ("its ckpt.pt is whole", "my notes.txt is no file of a run", "weights.onnx is no file of a run"):
+        assert reason in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "others", "without-state"]
+
+
+@pytest.mark.parametrize("of", ["dataset", "tokenizer"])
+def test_a_loss_by_other_tokens_or_of_other_text_supersedes_nothing(tmp_path, of):
+    for number in (1, 2, 3):
+        metadata = {"config": {}, "iter_num": 1, "best_val_loss": 5.0 - number, of: {"fingerprint": "ab"[number > 1]}}
+        CheckpointManager.save_checkpoint(model(), tmp_path / f"gpt-6K-x-pretrain-v{number}", metadata)
+    assert [path.name for path in superseded(sorted(tmp_path.iterdir()))] == ["gpt-6K-x-pretrain-v2"]
 
 
 def test_prune_keeps_edited_directories_better_versions_and_other_peoples(tmp_path, script):

@@ -31,6 +31,18 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_a_run_that_is_named_after_its_start_goes_on_only_by_its_own_name(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {"init_from": "models/x"}')
+    assert f"init_from=models/x ({file}:1) is named after it: give its out_dir" in refusal(file, "init_from=resume")
+    assert load([file, "init_from=resume", "out_dir=models/y"])[0].init_from == "resume"
+    assert load([write(tmp_path / "d.py", 'init_from = "scratch"'), "init_from=resume"])[0].init_from == "resume"
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_may_not_end_the_program(tmp_path):
+    assert load([write(tmp_path / "c.py", "\ufeffmax_iters = 7")])[0].max_iters == 7
+    assert "SystemExit: 0" in refusal(write(tmp_path / "d.py", "import sys\nsys.exit(0)"))
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
     file = write(tmp_path / "c.py", 'config = {"max_iters": 70, "batch_size": 8, "warmup_iters": 3}')
     config, given = load([file, "--batch_size=2", "out_dir=somewhere"])

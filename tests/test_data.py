@@ -788,6 +788,7 @@ BAD_FILES = {
         b'{"title": "t", "id": 1}',
         "none of the columns text, .*, but title, id: choose one with --text_column",
     ),
+    "fake.md.gz": (b"no gzip", "fake.md.gz is damaged, or not gzip"),
     "fake.parquet": (b"no parquet", "fake.parquet is damaged, or not parquet"),
 }
 
@@ -801,6 +802,24 @@ def test_a_bad_file_is_one_sentence_with_the_place(tmp_path, name):
     with pytest.raises(ValueError, match=sentence) as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_compressed_text_of_every_kind_is_read_with_the_rest_of_its_folder(tmp_path):
+    for i, kind in enumerate(("txt", "md", "rst", "tex")):
+        (tmp_path / f"{i}.{kind}.gz").write_bytes(gzip.compress(kind.encode()))
+        (tmp_path / f"{i}.{kind}").write_text(kind.upper())
+    assert sorted(from_files([str(tmp_path)]).documents) == ["MD", "RST", "TEX", "TXT", "md", "rst", "tex", "txt"]
+    with pytest.raises(ValueError, match="--split lines must be one of file, block, line"):
+        from_files([str(tmp_path)], split="lines")
+
+
+def test_parquet_with_text_that_is_no_utf8_is_one_sentence(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    buffers = [None, pyarrow.py_buffer(np.array([0, 4], np.int32).tobytes()), pyarrow.py_buffer(b"caf\xe9")]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet, column text: not UTF-8"):
+        read(tmp_path / "x.parquet")
 
 
 def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):

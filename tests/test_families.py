@@ -250,6 +250,34 @@ def test_in_bfloat16_logits_are_transformers_as_far_as_its_precision_goes(pair):
     assert (found - exact).square().mean() < 2 * (expected - exact).square().mean()
 
 
+def test_gemma3_has_no_cap_on_attention_whatever_its_configuration_says(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**CASES["gemma3"][1], attn_logit_softcapping=1.0)
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    ours = families.load_pretrained(tmp_path).eval()
+    assert ours.config.attention_softcap is None
+    close(ours(tokens(2, T), tokens(2, T))[0], model(tokens(2, T)).logits)
+    with pytest.raises(ValueError, match="no family"):
+        families.hf_config(replace(ours.config, attention_softcap=1.0))
+
+
+@pytest.mark.parametrize("content", [[1], {"lm_head.weight": 1.0}])
+def test_a_bin_of_something_else_is_refused(copy, content):
+    torch.save(content, copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="other than named tensors"):
+        families.load_pretrained(copy, name="pytorch_model.bin")
+
+
+@pytest.mark.parametrize("content", [[], {"lm_head.weight": 1}, None])
+def test_an_index_that_names_no_files_is_refused(copy, content):
+    name = "model.safetensors.index.json"
+    (copy / name).write_text(json.dumps({"weight_map": content}))
+    with pytest.raises(ValueError, match="is no index of weights"):
+        families.load_pretrained(copy, name=name)
+
+
 def test_gemma3_with_images_gives_its_text_model(tmp_path):
     text = json.loads(json.dumps(CASES["gemma3"][1]))
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

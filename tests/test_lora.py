@@ -584,6 +584,20 @@ def test_a_quantised_layer_can_be_adapted_and_not_merged():
     assert torch.equal(model(x), base)
 
 
+def test_numbers_of_eight_bits_are_quantised_too():
+    model = nn.Sequential(nn.Linear(8, 4))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    adapted(model)
+    assert model[0].lora["default"].A.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"0 is quantised \(torch.float8_e4m3fn\)"):
+        merge_lora(model, dtype=torch.float32)
+
+
+def test_a_weight_that_is_computed_anew_each_time_cannot_take_up_a_delta():
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert apply_lora(model, LoRAConfig(2, targets="all-linear")).matched == ("0",)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inside_merged_the_weights_are_merged_and_afterwards_they_are_the_old_ones_to_the_bit(dtype):
     model, x = adapted(gpt().to(dtype)).eval(), tokens(2, 16)

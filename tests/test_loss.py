@@ -1,5 +1,7 @@
 """loss.py and attention.py's faster ways against the plain ones, in float64 and where bfloat16 rounds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import QUICK
@@ -9,7 +11,7 @@ import attention
 import configurator
 import loss
 from distributed import Ranks
-from lora import LoRAConfig, apply_lora
+from lora import LoRAConfig, apply_lora, disable_adapters
 from model import GPT, IGNORE_INDEX, GPTConfig
 from preflight import prepare_start
 from train import set_up
@@ -25,13 +27,13 @@ def tensors(dtype, seed=0):
     return x, weight, targets
 
 
-def plain(x, weight, targets):
-    logits = F.linear(x, weight)
+def plain(x, weight, targets, extra=None):
+    logits = F.linear(x, weight) if extra is None else F.linear(x, weight) + F.linear(*extra)
     return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets, ignore_index=IGNORE_INDEX)
 
 
-def fused(x, weight, targets):
-    return loss.linear_cross_entropy(x, weight, targets, IGNORE_INDEX)
+def fused(x, weight, targets, extra=None):
+    return loss.linear_cross_entropy(x, weight, targets, IGNORE_INDEX, extra)
 
 
 @pytest.mark.parametrize("held", [1 << 26, 3 * 128, 1])  # all at once, in rounds of three rows, of one
@@ -50,6 +52,16 @@ def test_loss_and_gradients_are_those_of_projection_and_cross_entropy(dtype, tol
         assert (gradient - reference).abs().max() <= tolerance * reference.abs().max()
     with torch.no_grad():
         assert abs(fused(x, weight, targets) - expected) < tolerance
+
+
+def test_a_sum_over_many_rounds_is_not_rounded_at_each(monkeypatch):
+    x, weight, targets = tensors(torch.bfloat16)
+    x, weight, targets = x.detach().repeat(20, 1), weight.double().detach().requires_grad_(), targets.repeat(20)
+    (exact,) = torch.autograd.grad(plain(x.double(), weight, targets), weight)
+    for held in (1 << 26, 1):
+        monkeypatch.setattr(loss, "BUFFER", held)
+        (found,) = torch.autograd.grad(fused(x, weight, targets), weight)
+        assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,11 +87,34 @@ def test_a_weight_is_cast_once_as_long_as_none_changes():
     with loss.unchanged_weights():
         before, after = change()
         assert after == before
-        assert fused(x, weight, targets) != before  # another dtype, another cast
+        assert fused(low, -weight, targets) != before  # another weight, another cast
+        assert fused(x, weight, targets) != before  # another dtype
     before, after = change()
     assert after > before
     (gradient,) = torch.autograd.grad(after, weight)
     assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("held", [1 << 26, 3 * 128])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_a_second_product_is_added_to_the_logits(dtype, tolerance, held, monkeypatch):
+    monkeypatch.setattr(loss, "BUFFER", held)
+    x, weight, targets = tensors(dtype)
+    h, B = (0.3 * operand[:, :5].detach() for operand in tensors(dtype, seed=1)[:2])
+    extra = h, B = h.requires_grad_(), B.to(torch.promote_types(dtype, torch.float32)).requires_grad_()  # B is wide
+    expected = plain(*(tensor.double() for tensor in (x, weight)), targets, (h.double(), B.double()))
+    for trained in ((x, *extra), (x, weight, *extra), (weight,), extra[1:]):
+        given = [t if any(t is other for other in trained) else t.detach() for t in (x, weight, *extra)]
+        found = fused(*given[:2], targets, given[2:])
+        assert abs(found - expected) < tolerance
+        pairs = (torch.autograd.grad(value, trained, retain_graph=True) for value in (expected, found))
+        for reference, gradient in zip(*pairs, strict=True):
+            assert (gradient - reference).abs().max() <= tolerance * reference.abs().max()
+    with torch.no_grad(), loss.unchanged_weights():
+        assert abs(fused(x, weight, targets, extra) - expected) < tolerance
+        assert abs(fused(x, weight, targets, (h, -B)) - expected) > 0.01
 
 
 def test_what_is_frozen_gets_no_gradient_and_costs_none():
@@ -88,6 +123,12 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none():
     torch.testing.assert_close(dx, torch.autograd.grad(plain(x, weight, targets), x)[0])
     (dweight,) = torch.autograd.grad(fused(x.detach(), weight, targets), weight)
     torch.testing.assert_close(dweight, torch.autograd.grad(plain(x, weight, targets), weight)[0])
+
+
+def test_a_head_with_a_bias_has_its_bias():
+    model, idx = GPT(GPTConfig(16, V, 1, 2, C)), torch.randint(V, (2, 16))
+    model.lm_head = torch.nn.Linear(C, V, bias=True)
+    torch.testing.assert_close(model(idx, idx, only_loss=True)[1], model(idx, idx)[1])
 
 
 def test_a_buffer_from_inference_mode_serves_training_too():
@@ -99,9 +140,31 @@ def test_a_buffer_from_inference_mode_serves_training_too():
     assert weight.grad.isfinite().all()
 
 
+def test_a_mean_over_any_number_of_tokens_is_not_rounded():
+    """bfloat16 has no 1 / 60: gradients that were multiplied by it would all be 0.3 % too long."""
+    x, weight, targets = (tensor.detach() for tensor in tensors(torch.bfloat16))
+    x, targets = x[4:].repeat(10, 1)[:600], targets[4:].clamp(min=0).repeat(10)[:600]
+    trained = [tensor.requires_grad_() for tensor in (x, weight)]
+    exact = torch.autograd.grad(plain(x.double(), weight.double(), targets), trained)
+    found = torch.autograd.grad(fused(x, weight, targets), trained)
+    for reference, gradient in zip(exact, found, strict=True):
+        reference, gradient = reference.double(), gradient.double()
+        assert (gradient * reference).sum() / reference.square().sum() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [-100, -2, V, V + 5])  # the last within the columns that pad the buffer
+def test_a_target_that_is_no_token_is_refused(wrong):
+    x, weight, targets = tensors(torch.float32)
+    targets[7] = wrong
+    for operands in ((x, weight), (x.detach(), weight.detach())):
+        with pytest.raises(RuntimeError, match=f"index {wrong} is out of bounds for dimension 0 with size {V}"):
+            fused(*operands, targets)
+
+
 def test_a_batch_without_targets_has_no_loss_and_an_impossible_target_a_finite_one():
     x, weight, targets = tensors(torch.float32)
-    assert fused(x, weight, torch.full_like(targets, IGNORE_INDEX)).isnan()
+    nothing = fused(x, weight, torch.full_like(targets, IGNORE_INDEX))
+    assert nothing.isnan() and not any(g.any() for g in torch.autograd.grad(nothing, (x, weight)))  # as torch has it
     x = x.detach() * 1e4
     assert plain(x, weight, targets) > 1000 and 50 < fused(x, weight, targets) < 88  # 87 nats where p is below 1e-38
     with torch.no_grad():
@@ -109,26 +172,34 @@ def test_a_batch_without_targets_has_no_loss_and_an_impossible_target_a_finite_o
     assert fused(x * float("inf"), weight, targets).isnan()
 
 
+ADAPTED = LoRAConfig(rank=4, alpha=6, dropout=0.2, targets="all")
 MODELS = {
     "gpt2": {},
     "tied": {"tie_word_embeddings": True},
     "llama": {"block": "llama", "activation": "silu", "n_kv_head": 1},
+    "adapted": {},
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_has_the_same_loss_and_gradients_with_and_without_logits(name, dtype, monkeypatch):
+def test_a_model_has_the_same_loss_and_gradients_with_and_without_logits(name, dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig(32, V, 2, 2, C, bias=False, **({"tie_word_embeddings": False} | MODELS[name])))
+    if name == "adapted":
+        apply_lora(model, ADAPTED)
+        for weight in list(model.parameters()):
+            weight.data += 0.1 * torch.randn_like(weight)  # B is zero
+    trained = [p for p in model.parameters() if p.requires_grad]
     x, y = torch.randint(V, (2, 3, 32))
     gradients = []
     for only_loss in (False, True):
+        torch.manual_seed(1)  # of the adapters' dropout
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             logits, value = model(x, y, only_loss=only_loss)
         assert (logits is None) == only_loss
         value.backward()
-        gradients.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+        gradients.append([value.detach(), *(p.grad.clone() for p in trained)])
         model.zero_grad()
     # Probabilities are rounded to bfloat16, the sum over tokens is not.
     assert abs(gradients[0][0] - gradients[1][0]) < (1e-5 if dtype == torch.float32 else 4e-4)
@@ -136,12 +207,31 @@ def test_a_model_has_the_same_loss_and_gradients_with_and_without_logits(name, d
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * a.norm()
 
 
-@pytest.mark.parametrize("spoil", ["adapter on the head", "soft cap", "float16"])
+def test_an_adapter_on_the_head_counts_while_it_is_active(monkeypatch):
+    model = GPT(GPTConfig(32, V, 1, 2, C, bias=False, tie_word_embeddings=False))
+    x, y = torch.randint(V, (2, 1, 8))
+    base = model(x, y, only_loss=True)[1]
+    apply_lora(model, replace(ADAPTED, targets=["lm_head"], dropout=0.0))
+    assert model(x, y, only_loss=True)[1] == base  # B is zero
+    model.lm_head.lora.default.B.data.normal_()
+    monkeypatch.setattr(model, "project", None)  # it takes no logits
+    assert model(x, y, only_loss=True)[1] > base + 0.01
+    with disable_adapters(model):
+        assert model(x, y, only_loss=True)[1] == base
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("spoil", ["a head of another class", "soft cap", "float16"])
 def test_a_head_that_is_more_than_a_product_is_computed_in_full(spoil):
     cap = {"block": "llama", "activation": "silu", "logit_softcap": 5.0} if spoil == "soft cap" else {}
     model = GPT(GPTConfig(32, V, 1, 2, C, bias=False, tie_word_embeddings=False, **cap))
-    if spoil == "adapter on the head":
-        apply_lora(model, LoRAConfig(targets=["lm_head"]))
+    if spoil == "a head of another class":
+        model.lm_head.__class__ = Doubled
+        apply_lora(model, replace(ADAPTED, targets=["lm_head"], dropout=0.0))
     x, y = torch.randint(V, (2, 1, 8))
     with torch.autocast("cpu", dtype=torch.float16, enabled=spoil == "float16"):
         _, value = model(x, y, only_loss=True)

@@ -323,8 +323,11 @@ def test_what_a_process_of_a_mesh_holds_is_counted_to_within_eight_percent(run):
 def test_a_run_peaks_where_its_estimate_says(run):
     """To 15 % on a quiet machine (docs/memory.md). How a heap gets holes also depends on the number of threads, and on
     what else runs."""
-    peaks = [sum(bench.in_fresh_process(run)) for _ in range(3)]
-    assert run.estimate().total == pytest.approx(median(peaks), rel=0.2)
+    near = pytest.approx(run.estimate().total, rel=0.2)
+    peaks = [sum(bench.in_fresh_process(run)) for _ in range(2)]
+    if peaks != [near, near]:  # else a third would not change where the median is
+        peaks.append(sum(bench.in_fresh_process(run)))
+    assert median(peaks) == near
 
 
 # ---- the command

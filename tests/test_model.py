@@ -1,8 +1,10 @@
 """model.py against Transformers' GPT-2, a float64 computation of its own, and itself without a cache."""
 
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, T
 
 from configurator import PRESETS
 from generation import sample
+from lora import LoRAConfig, apply_lora
 from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass, on_meta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,6 +277,42 @@ def test_a_shorter_block_size_keeps_the_first_positions():
     assert asdict(model.config)["block_size"] == 8
     with pytest.raises(ValueError, match="between 1 and the model's 8"):
         model.crop_block_size(16)
+
+
+def test_a_shorter_block_size_leaves_frozen_what_is_and_drops_no_adapter():
+    model = tiny()
+    apply_lora(model, LoRAConfig(2, targets=["c_attn"]))
+    model.crop_block_size(8)
+    assert not model.transformer.wpe.weight.requires_grad
+    model = tiny()
+    apply_lora(model, LoRAConfig(2, targets=["wpe"]))
+    with pytest.raises(ValueError, match="merge it"):
+        model.crop_block_size(8)
+    assert model.config.block_size == 16
+
+
+def test_blocks_that_are_computed_again_have_their_attentions_once():
+    model, attentions = tiny().train(), []
+    model.recompute = True
+    model(tokens(1, 8), tokens(1, 8), attentions=attentions)[1].backward()
+    assert len(attentions) == 2
+
+
+def test_streams_that_take_turns_draw_no_dropout_and_leave_the_model_as_it_was():
+    model, prompts = tiny(dropout=0.5).train(), tokens(2, 4).split(1)
+    expected = [model.generate(prompt, n, temperature=0)[0, 4:] for prompt, n in zip(prompts, (3, 9), strict=True)]
+    before = torch.get_rng_state()
+    first, second = (model.stream(prompt, n, temperature=0) for prompt, n in zip(prompts, (3, 9), strict=True))
+    turns = [torch.cat(column) for column in zip(*zip(first, islice(second, 3), strict=True), strict=True)]
+    assert torch.equal(turns[0], expected[0]) and torch.equal(torch.cat([turns[1], *second]), expected[1])
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("logits", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3])
+def test_nothing_is_drawn_from_what_is_no_distribution(logits, settings):
+    with pytest.raises(ValueError, match="not finite"):
+        sample(torch.tensor([logits, [1.0, 2.0, 3.0]]), **settings)
 
 
 @pytest.mark.parametrize("preset", ["small", "modern"])

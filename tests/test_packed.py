@@ -92,6 +92,16 @@ def test_int8_weights_are_within_half_a_step_of_their_row(model):
     torch.testing.assert_close(eighth(x).double(), exact, rtol=2**-7, atol=0.02)
 
 
+@pytest.mark.parametrize("width", [1, 15, 40, 200, 1000])  # none a multiple of the 16 that the product reads at a time
+def test_int8_layers_can_be_of_any_width(width):
+    torch.manual_seed(0)
+    for rows, outputs in ((1, 64), (1, 67), (3, 64), (8, 203)):
+        layer, x = nn.Linear(width, outputs), torch.randn(rows, width)
+        made = packed.Int8Linear(layer)
+        exact = x.bfloat16().double() @ (made.weight[:, :width].double() * made.scales[:, None]).t() + layer.bias
+        torch.testing.assert_close(made(x).double(), exact, rtol=0.01, atol=0.01)
+
+
 def test_int8_logits_stay_near_and_are_those_of_no_other_dtype(model):
     idx = torch.randint(203, (4, 30))
     with torch.no_grad():

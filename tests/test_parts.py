@@ -990,6 +990,22 @@ except ValueError as error:
 """
 
 
+OTHER_WIDTH = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.OPTConfig(**OTHER_WIDTH, word_embed_proj_dim=16, ffn_dim=40),
+        transformers.ElectraConfig(**OTHER_WIDTH, embedding_size=16, intermediate_size=40),
+    ],
+    ids=["opt", "electra"],
+)
+def test_the_width_of_a_model_is_not_that_of_its_embedding(config):
+    spec = decompose(transformers.AutoModel.from_config(config), "x")
+    assert (spec.hidden_dim, spec.parts["embedding"].output_dim) == (32, 16)
+
+
 def test_nothing_optional_is_needed_for_a_covered_family(saved):
     run = [sys.executable, "-c", BARE, str(saved["llama"][1])]
     result = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)

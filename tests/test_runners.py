@@ -6,6 +6,7 @@ The models are saved to disk with tokenizers made here, and found there: no netw
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -456,6 +457,17 @@ def test_on_a_gpu_batches_come_back_to_the_cpu_unless_they_are_to_stay(models_of
         assert here.logits.device.type == "cpu" and there.logits.device.type == "cuda"
         close(here.logits, exact.forward(exact.tokenize(TEXTS)).logits)
         close(runner.embed(TEXTS), exact.embed(TEXTS))
+
+
+def test_a_model_that_says_minus_one_has_no_longest_text(models_of, tmp_path):
+    folder = models_of("bert")[1]
+    config = transformers.XLNetConfig(vocab_size=61, d_model=24, n_layer=2, n_head=3, d_inner=40)
+    assert config.max_position_embeddings == -1
+    transformers.XLNetModel(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    runner = load_model(tmp_path)
+    assert runner.limit is None and runner.embed(TEXTS).shape == (len(TEXTS), 24)
 
 
 def test_after_the_with_block_the_model_is_gone_and_says_so(models_of):

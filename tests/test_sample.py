@@ -86,6 +86,22 @@ def test_text_streams_while_it_is_generated(trained):
     process.wait()
 
 
+def test_who_has_read_enough_may_go_and_settings_are_looked_at_before_the_model(trained, script):
+    arguments = " ".join(map(str, command("sample.py", trained, "--prompt", "'the loss'", "--max_new_tokens", 300)))
+    done = subprocess.run(f"{arguments} | head -c 9", shell=True, capture_output=True, text=True)
+    assert done.stdout == "the loss" + done.stdout[8] and done.stderr == ""
+    done = subprocess.run(f"{arguments} --num_samples 1 <&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = script("sample.py", trained, "--prompt", "the loss", "--temperature", "nan")
+    assert done.returncode == 1 and done.stdout == "" and "sampling needs temperature" in done.stderr
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(trained, script, tmp_path):
+    (tmp_path / "prompt.txt").write_text("\ufeffthe loss", encoding="utf-8")
+    done = script("sample.py", trained, "--prompt", f"FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens", 1)
+    assert done.stdout.startswith("the loss")
+
+
 def test_prompts_of_different_lengths_are_told_as_each_is_alone(trained, script):
     greedy = ("--temperature", 0, "--max_new_tokens", 12)
     prompts = ["the gradient", "a model of the loss shows that", "x"]

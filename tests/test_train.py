@@ -25,6 +25,7 @@ from configurator import PRECISIONS
 from data.batches import BlockSampler, fixed_batches
 from data.tokens import load_dataset
 from distributed import Ranks
+from optimizer import build_optimizer
 from preflight import check_unchanged, disk_problems, prepare_start
 
 CPU = torch.device("cpu")
@@ -122,6 +123,22 @@ def test_evaluation_draws_nothing_from_the_training_generators(dataset, tmp_path
         torch.manual_seed(5)
         run.run(train.StopSignal())
     assert differences(often.raw_model.state_dict(), never.raw_model.state_dict()) == []
+
+
+def test_a_run_that_was_stopped_before_it_saved_is_not_to_be_resumed(dataset, tmp_path, monkeypatch, capsys):
+    config, given = configurator.load([f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", "compile=false", *QUICK])
+    monkeypatch.setattr(train, "announce", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.train(config, given, Ranks()) == 143
+    assert "nothing to save\nstart it again as before" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert train.train(replace(config, max_iters=1, sample_tokens=0), given, Ranks()) == 0
+
+
+def test_a_run_goes_on_without_anybody_to_tell(dataset, tmp_path):
+    arguments = " ".join(command("train.py", f"dataset={dataset}", *QUICK, "max_iters=2", f"out_dir={tmp_path}/x"))
+    for stdout in (">&-", "> /dev/full"):
+        done = subprocess.run(f"{arguments}/{len(stdout)} {stdout}", shell=True, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
@@ -505,6 +522,24 @@ def test_a_state_that_another_run_has_overtaken_is_not_gone_on_from(dataset, tmp
     run.run(train.StopSignal())
     with pytest.raises(ValueError, match="another run has just saved"):
         check_unchanged(start)
+
+
+def test_a_resumed_run_has_the_rates_decay_and_betas_that_it_is_given_and_the_moments_that_it_had(dataset, tmp_path):
+    run = trainer(dataset, tmp_path / "x", "max_iters=4", "optimizer=muon", "muon_learning_rate=0.02")
+    run.run(train.StopSignal())
+    changed = ("learning_rate=0.0005", "weight_decay=0.3", "beta1=0.5", "beta2=0.6", "max_iters=9")
+    config, given = configurator.load(["init_from=resume", f"out_dir={tmp_path / 'x'}", *changed])
+    resumed = train.Trainer(prepare_start(config, given, Ranks()), CPU, Ranks())
+    assert (
+        differences(resumed.optimizer.state_dict()["parts"][0]["state"], run.optimizer.parts[0].state_dict()["state"])
+        == []
+    )
+    fresh = build_optimizer(resumed.raw_model, resumed.config)
+    for found, expected in zip(resumed.optimizer.param_groups, fresh.param_groups, strict=True):
+        assert {**found, "params": None} == {**expected, "params": None}
+    resumed.step()
+    adamw, _, muon = (group["lr"] for group in resumed.optimizer.param_groups)
+    assert muon == pytest.approx(40 * adamw)
 
 
 def test_a_changed_batch_size_changes_neither_the_evaluation_nor_the_place_in_the_data(dataset, tmp_path):
