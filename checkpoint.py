@@ -326,16 +326,16 @@ class CheckpointManager:
 
     @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
-        """The tokenizer.json of a model directory, or None where it has none (nanoGPT's)."""
-        stored = files.find(_locate(path)[0], TOKENIZER)
-        return stored if stored.exists() else None
+        """The tokenizer.json of a model directory, for `Tokenizer.load`, or None where it has none (nanoGPT's)."""
+        stored = _locate(path)[0] / TOKENIZER
+        return stored if files.exists(stored) else None
 
     @staticmethod
     def verify(path: str | Path, base: str | Path | None = None) -> list[str]:
         """Every problem of a model directory: damaged or missing files, unreadable weights, others in model.safetensors
         than in ckpt.pt. Empty when it is sound."""
         directory, _ = _locate(path)
-        marker = files.read_marker(directory)
+        marker, weights = files.read_marker(directory), files.find(directory, HF_WEIGHTS)
         if marker is None:
             return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
         problems = []
@@ -349,11 +349,11 @@ class CheckpointManager:
         if not problems:
             try:
                 model, _ = CheckpointManager.load_model(directory, "cpu" if twice else "meta", base=base)
-                problems += hugging_face.weight_problems(model, files.find(directory, HF_WEIGHTS)) if twice else []
+                problems += hugging_face.weight_problems(model, weights) if twice else []
             except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
-        if problems and files.read_marker(directory) != marker:  # a run has saved meanwhile
-            return CheckpointManager.verify(path, base)
+        if problems and (files.read_marker(directory), files.find(directory, HF_WEIGHTS)) != (marker, weights):
+            return CheckpointManager.verify(path, base)  # a run has saved meanwhile
         return problems
 
 

@@ -7,8 +7,9 @@ One file: `write_atomic`. Several that belong together, all or nothing, with a m
     3. the new files are renamed into place, PENDING becomes the marker.
 
 A stop before 2 leaves the old state and some litter; a stop after 2 leaves the new one, half of it still under its
-temporary name. Readers go through `open_verified`, which finds each file under either name and writes nothing; the next
-`commit` or `recover` finishes the renames. A reader that knows none of this sees whole files of either state.
+temporary name. Readers go through `open_verified` or `read`, which find each file under either name and write
+nothing; the next `commit` or `recover` finishes the renames. A reader that knows none of this sees whole files of
+either state.
 """
 
 import contextlib
@@ -178,6 +179,22 @@ def find(directory: Path, name: str) -> Path:
     """Where a file of the state in force lies: under its temporary name if its commit was cut short before renaming."""
     staged = staged_name(directory / name)
     return staged if (directory / PENDING).exists() and staged.exists() else directory / name
+
+
+def read(path: Path) -> bytes:
+    """The content in force of a file, also while a commit renames it. FileNotFoundError where there is none."""
+    while True:
+        found = find(path.parent, path.name)
+        try:
+            return found.read_bytes()
+        except FileNotFoundError:
+            if find(path.parent, path.name) == found:
+                raise
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something for `read`."""
+    return find(path.parent, path.name).exists() or path.exists()  # it may have been renamed between the two
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import files
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # What is downloaded of a model: no weights in another format twice. A folder with a number is sentence-transformers'.
@@ -62,7 +64,7 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
     except ValueError as error:

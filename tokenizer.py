@@ -30,6 +30,8 @@ import tiktoken.load
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import files
+
 Merge = tuple[bytes, bytes]
 
 EOT = "<|endoftext|>"
@@ -188,7 +190,7 @@ class Tokenizer:
         byte. A file without our name in it becomes "gpt2", "bpe-<fingerprint>" or what its folder is called.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(files.read(Path(path)))
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no tokenizer at {path}") from None
         except ValueError as error:

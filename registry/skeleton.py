@@ -114,8 +114,8 @@ def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int
 
 
 def _of_ours(folder: Path) -> GPT:
-    path = files.find(folder, MODEL_ARGS)
-    if not path.exists():  # nanoGPT's ckpt.pt alone
+    path = folder / MODEL_ARGS
+    if not files.exists(path):  # nanoGPT's ckpt.pt alone
         with open(folder / WEIGHTS, "rb") as file:
             return build_model(read_checkpoint(file, folder / WEIGHTS, "meta"), folder / WEIGHTS).eval()
     try:

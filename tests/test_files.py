@@ -173,7 +173,18 @@ def test_a_full_disk_is_one_sentence_and_the_old_state_stays(tmp_path):
         assert not list(tmp_path.rglob(".*.nanoforge-new"))
 
 
-def test_a_reader_beside_a_writer_never_meets_an_error(tmp_path):
+def verified(directory: Path) -> bytes:
+    with files.open_verified(directory, "a.bin") as file:
+        return file.read()
+
+
+def unverified(directory: Path) -> bytes:
+    assert files.exists(directory / "a.bin")
+    return files.read(directory / "a.bin")
+
+
+@pytest.mark.parametrize("content", [verified, unverified])
+def test_a_reader_beside_a_writer_never_meets_an_error(tmp_path, content):
     save(tmp_path, 0)
     pid = os.fork()
     if pid == 0:
@@ -182,11 +193,34 @@ def test_a_reader_beside_a_writer_never_meets_an_error(tmp_path):
         os._exit(0)
     reads = 0
     while os.waitpid(pid, os.WNOHANG)[0] == 0:
-        with files.open_verified(tmp_path, "a.bin") as file:
-            assert len(set(file.read())) == 1
+        assert len(set(content(tmp_path))) == 1
         reads += 1
     assert reads > 20
     assert load(tmp_path) == 249
+
+
+@pytest.mark.parametrize("content", [verified, unverified])
+def test_a_file_renamed_between_looking_and_opening_is_read(tmp_path, monkeypatch, content):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "recover", lambda directory: None)  # as a kill before the renames leaves it
+        save(tmp_path, 2)
+    find, recover = files.find, iter([files.recover])
+
+    def then_renamed(directory, name):
+        found = find(directory, name)
+        next(recover, lambda directory: None)(directory)
+        return found
+
+    monkeypatch.setattr(files, "find", then_renamed)
+    assert set(content(tmp_path)) == {2}
+    assert next(recover, None) is None
+
+
+def test_what_is_not_there_is_not_read(tmp_path):
+    assert not files.exists(tmp_path / "a.bin")
+    with pytest.raises(FileNotFoundError):
+        files.read(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from test_train import CPU, differences, history, kill_and_go_on, refused, state
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import configurator
+import files
 import lora
 import merge_lora
 import preflight
@@ -439,6 +440,20 @@ def test_reading_during_saves_never_mixes_two_of_them(base, tmp_path, adapted):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_the_tokenizer_of_a_save_cut_short_is_found_under_its_own_name(base, tmp_path, monkeypatch):
+    """Its name says that it is a tokenizer.json; the temporary one is gone once the run goes on."""
+    directory, text = tmp_path / "run", (base / "tokenizer.json").read_bytes()
+    monkeypatch.setattr(files, "recover", lambda directory: None)
+    kept = {"config": {}, "iter_num": 1, "best_val_loss": 1.0}
+    CheckpointManager.save_checkpoint(
+        CheckpointManager.load_model(base)[0], directory, kept, texts={"tokenizer.json": text}
+    )
+    assert not (directory / "tokenizer.json").exists()
+    found = CheckpointManager.find_tokenizer(directory)
+    assert found == directory / "tokenizer.json"
+    assert Tokenizer.load(found).fingerprint == Tokenizer.load(base / "tokenizer.json").fingerprint
 
 
 def test_a_damaged_adapter_is_found(adapted, base, tmp_path):
