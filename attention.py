@@ -101,8 +101,10 @@ def rope_frequencies(theta: float, scaling: Mapping[str, Any], n: int, length: i
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the first dimensions of (B, H, T, D); dimension i is paired with i + rotary / 2."""
+    """Turn the first dimensions of (B, H, T, D); dimension i is paired with i + rotary / 2, and of the two sin has the
+    first one's sign changed."""
     cos, sin = (part.to(x.dtype) for part in rotation)
-    turning, still = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], dim=-1)
-    left, right = turning.chunk(2, dim=-1)
-    return torch.cat([turning * cos + torch.cat([-right, left], dim=-1) * sin, still], dim=-1)
+    rotary = cos.size(-1)
+    turning = x if rotary == x.size(-1) else x[..., :rotary]
+    turned = turning * cos + turning.roll(rotary // 2, dims=-1) * sin
+    return turned if turning is x else torch.cat([turned, x[..., rotary:]], dim=-1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GROUP = 16  # logits that are looked at together
 COLDEST = 1e-30  # a temperature below it would divide logits to infinity, and is as good as greedy
 
 
@@ -20,7 +21,6 @@ class Generation:
         """
         return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
 
-    @torch.no_grad()
     def stream(
         self,
         idx: Tensor,
@@ -46,34 +46,37 @@ class Generation:
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: generation needs at least one token")
         was_training, limit = self.training, self.config.block_size
+        stopped, stops = [False] * idx.size(0), frozenset(map(int, stop_tokens))
+        # FSDP2 keeps what it has gathered from one pass to the next, and training cannot use what is made in this mode.
+        without_gradients = torch.no_grad if hasattr(self, "unshard") else torch.inference_mode
         self.eval()
         try:
-            room = min(limit, idx.size(1) + max_new_tokens)
-            cache = self.new_cache(idx.size(0), room) if use_cache else None
-            stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-            stops = torch.tensor(list(stop_tokens), dtype=idx.dtype, device=idx.device)
-            for step in range(max_new_tokens):
+            with without_gradients():
+                cache = self.new_cache(idx.size(0), min(limit, idx.size(1) + max_new_tokens)) if use_cache else None
+            for _ in range(max_new_tokens):
                 if self.training:  # another stream has ended meanwhile
                     was_training = True
                     self.eval()
-                idx = idx[:, -limit:]
-                attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
-                if cache is not None and cache.length == limit:
-                    cache = None
-                if cache is not None and self.turns_otherwise(cache.length, idx.size(1)):
-                    cache.length = 0
-                unseen = idx if cache is None else idx[:, cache.length :]
-                logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
-                token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
-                if step:
-                    token = torch.where(stopped, idx[:, -1], token)
-                stopped |= torch.isin(token, stops)
-                yield token
-                if stopped.all():
+                with without_gradients():
+                    idx = idx[:, -limit:]
+                    attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
+                    if cache is not None and cache.length == limit:
+                        cache = None
+                    if cache is not None and self.turns_otherwise(cache.length, idx.size(1)):
+                        cache.length = 0
+                    unseen = idx if cache is None else idx[:, cache.length :]
+                    logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
+                    token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
+                    if any(stopped):
+                        token = torch.where(torch.tensor(stopped, device=idx.device), idx[:, -1], token)
+                    if stops:
+                        stopped = [id in stops for id in token.tolist()]  # who had stopped repeats what stopped it
+                    idx = torch.cat([idx, token[:, None]], dim=1)
+                    if attention_mask is not None:
+                        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+                yield token.clone()  # for any use
+                if all(stopped):
                     return
-                idx = torch.cat([idx, token[:, None]], dim=1)
-                if attention_mask is not None:
-                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
         finally:
             self.train(was_training)
 
@@ -109,9 +112,10 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, ids = logits.float() / max(temperature, COLDEST), None
+    logits, ids = logits.float(), None
     if top_k is not None and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # (B, k), in descending order
+        logits, ids = highest(logits, top_k)  # (B, k), in descending order
+    logits = logits / max(temperature, COLDEST)
     if top_p is not None and top_p < 1:
         if ids is None:
             logits, ids = logits.sort(descending=True)
@@ -125,3 +129,15 @@ def sample(
     drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
     token = torch.searchsorted(ends, drawn, right=True)
     return (token if ids is None else ids.gather(1, token))[:, 0]
+
+
+def highest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)`, on a processor in less time: they are in the k groups whose highest are the highest."""
+    count = logits.size(-1) // GROUP
+    if logits.device.type != "cpu" or count < 4 * k:
+        return logits.topk(k)
+    groups = logits[:, : GROUP * count].unflatten(1, (GROUP, count)).amax(dim=1).topk(k, sorted=False).indices
+    ids = (groups[:, None] + count * torch.arange(GROUP)[:, None]).flatten(1)  # (B, GROUP * k)
+    ids = torch.cat([ids, torch.arange(GROUP * count, logits.size(-1)).expand(len(ids), -1)], dim=1)
+    found, at = logits.gather(1, ids).topk(k)
+    return found, ids.gather(1, at)

@@ -27,6 +27,11 @@ IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 
 
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training and self.p else x  # an operation that does nothing takes its time
+
+
 class KVCache:
     """Keys and values of the tokens a model has seen, allocated once for `length` of them."""
 
@@ -50,7 +55,7 @@ class Pass:
 
     cache: KVCache | None
     masks: dict[bool, Tensor | None]  # (1 or B, 1, T, S), true where a query sees a key; None: plain causal
-    rotations: dict[bool, tuple[Tensor, Tensor]]  # cos and sin, (1 or B, 1, T, rotary)
+    rotations: dict[bool, tuple[Tensor, Tensor]]  # cos and sin as `rotate` takes them, (1 or B, 1, T, rotary)
     attentions: list[Tensor] | None
 
 
@@ -71,7 +76,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.config, self.layer = config, layer
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
@@ -86,7 +91,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.inner, bias=config.bias)
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ class LlamaBlock(nn.Module):
         if config.post_norms:  # Gemma's names: then the one above is behind the attention, not before the MLP
             self.pre_feedforward_layernorm = RMSNorm(config.n_embd, config)
             self.post_feedforward_layernorm = RMSNorm(config.n_embd, config)
-        self.post_norms, self.dropout = config.post_norms, nn.Dropout(config.dropout)
+        self.post_norms, self.dropout = config.post_norms, Dropout(config.dropout)
 
     @property
     def ends(self) -> tuple[nn.Linear, nn.Linear]:
@@ -204,7 +209,7 @@ class GPT(Generation, nn.Module):
                 {
                     "wte": tokens,
                     "wpe": nn.Embedding(config.block_size, config.n_embd),
-                    "drop": nn.Dropout(config.dropout),
+                    "drop": Dropout(config.dropout),
                     "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                     "ln_f": nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
                 }
@@ -366,7 +371,8 @@ class GPT(Generation, nn.Module):
             if local and self.config.rope_local_theta is not None:
                 theta, scaling = self.config.rope_local_theta, None
             frequencies, factor = rope_frequencies(theta, scaling or {}, self.config.rotary, longest)
-            angles = positions[:, None, :, None] * frequencies.to(positions.device).repeat(2)  # (1 or B, 1, T, rotary)
+            pairs = torch.cat([-frequencies, frequencies]).to(positions.device)
+            angles = positions[:, None, :, None] * pairs  # (1 or B, 1, T, rotary)
             rotations[local] = angles.cos() * factor, angles.sin() * factor
         return rotations
 

@@ -24,7 +24,7 @@ class HalfLinear(nn.Module):
         super().__init__()
         bias = None if layer.bias is None else layer.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(layer.weight.detach().float(), bias)
-        self.product = torch.ops.quantized.linear_dynamic_fp16.default
+        self.product = torch.ops.quantized.linear_dynamic_fp16.default._op  # without a look for modes that trace
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.packed)

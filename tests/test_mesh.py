@@ -224,6 +224,7 @@ def trainer(ranks: Ranks, *settings: str) -> train.Trainer:
 def steps(ranks: Ranks, *settings: str, count: int = 20) -> list[tuple[float, float]]:
     """(loss, norm of the gradient) of every step, and the evaluation after them."""
     run = trainer(ranks, *settings)
+    run._show_sample()  # which no step may notice
     found = [run.step() for _ in range(count)]
     return [(loss, norm) for loss, _, norm in found] + [tuple(run.evaluate().values())[:2]]
 

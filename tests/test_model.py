@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from configurator import PRESETS
-from generation import sample
+from generation import highest, sample
 from lora import LoRAConfig, apply_lora
 from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass, on_meta
 
@@ -306,6 +306,25 @@ def test_streams_that_take_turns_draw_no_dropout_and_leave_the_model_as_it_was()
     turns = [torch.cat(column) for column in zip(*zip(first, islice(second, 3), strict=True), strict=True)]
     assert torch.equal(turns[0], expected[0]) and torch.equal(torch.cat([turns[1], *second]), expected[1])
     assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+def test_tokens_can_be_trained_on_as_they_come():
+    model = tiny()
+    for token in model.stream(tokens(2, 4), 3):
+        model(token[:, None], token[:, None])[1].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    generated = model.generate(tokens(2, 4), 3)
+    model(generated, generated)[1].backward()
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "k"), [(1, 50257, 200), (3, 1000, 7), (2, 64, 1), (1, 33, 30)])
+def test_the_highest_logits_are_those_of_topk(rows, vocabulary, k):
+    logits = (4 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))).round()  # many are equal
+    found, ids = highest(logits, k)
+    assert torch.equal(found, logits.topk(k).values) and torch.equal(logits.gather(1, ids), found)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    logits[-1, -1] = math.nan
+    assert highest(logits, k)[0][-1].isnan().any()
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}])
