@@ -153,6 +153,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{path} is a folder: name a file to write to")
     if arguments.out is not None and arguments.out.suffix != ".png":
         raise ValueError(f"--out {arguments.out}: the picture is a PNG, so its name must end in .png")
+    if arguments.json is not None and arguments.json.suffix == ".png":
+        raise ValueError(f"--json {arguments.json}: a name in .png is for a picture (--out)")
 
 
 def places_of_bases(arguments: argparse.Namespace) -> list[str | None]:

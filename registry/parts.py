@@ -310,6 +310,8 @@ def run_parts(arguments: Any) -> tuple[str, Any]:
 
 
 def run_compare(arguments: Any) -> tuple[str, Any]:
+    if arguments.plot and arguments.plot.suffix != ".png":
+        raise ValueError(f"--plot {arguments.plot}: the picture is a PNG, so its name must end in .png")
     a, b = spec_of(arguments.a), spec_of(arguments.b)
     result = comparison.compare(a, b)
     lines = [comparison.as_text(result)]

@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch, capsys):
     """`run(A, B, "--seed", 3)` is (exit code, stdout, stderr, the numbers), in a folder of its own."""
 
     def run(*arguments):
-        given = (*arguments, "--json", "numbers.json")
+        given = ("--json", "numbers.json", *arguments)
         monkeypatch.chdir(tmp_path)
         code = compare.main(compare.parse(list(map(str, given))))
         out, err = capsys.readouterr()
@@ -246,6 +246,7 @@ def test_a_first_document_longer_than_the_budget_is_read_all_the_same(models, da
         (("--max_tokens", -1), "at least 0"),
         (("--device", "cuda:7"), "device=cuda:7 cannot be used here"),
         (("--out", "picture.jpg"), "must end in .png"),
+        (("--json", "picture.png"), "is for a picture"),
         (("--out", "/"), "is a folder"),
     ],
 )

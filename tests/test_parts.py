@@ -930,6 +930,8 @@ def test_compare_tells_and_draws(saved, tmp_path):
     assert "attention 0-2: size of a head: 10 and 8; heads of keys and values: 1 and 3; rotation: llama3" in text
     assert text.endswith(f"picture: {tmp_path / 'new/both.png'}")
     assert (tmp_path / "new/both.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="its name must end in"):
+        command("compare", saved["llama"][1], saved["gpt2"][1], "--plot", tmp_path / "both.jpg")
     alike = command("compare", saved["llama"][1], saved["llama"][1])[0]
     assert "attention 0-2: 3 heads of 10" in alike and "do not (0):\n  nothing" in alike
 
@@ -980,11 +982,11 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 from registry.parts import ModelRegistry, run_compare
-import argparse
+import argparse, pathlib
 registry = ModelRegistry()
 print(registry.register("m", sys.argv[1]).family.value, registry.get_module("m", "ffn_0").down_proj.weight.shape)
 try:
-    run_compare(argparse.Namespace(a=sys.argv[1], b=sys.argv[1], plot="x.png"))
+    run_compare(argparse.Namespace(a=sys.argv[1], b=sys.argv[1], plot=pathlib.Path("x.png")))
 except ValueError as error:
     print(error)
 """
