@@ -73,7 +73,7 @@ class GPTConfig:
             fields, plain = list(vars(self)), GPTConfig.__dataclass_fields__
             idle = [name for name in fields[fields.index("n_kv_head") :] if getattr(self, name) != plain[name].default]
             problems += [f"{name}={getattr(self, name)} is for llama blocks" for name in idle]
-        elif not problems and (self.rotary < 2 or self.rotary % 2):
+        elif not problems and self.rotary not in range(2, self.D + 1, 2):
             problems.append(f"{self.rotary} of a head's {self.D} dimensions would turn, and they turn in pairs")
         if self.rope_scaling is not None and not problems:
             problems += self._problems_of_scaling(self.rope_scaling)
@@ -88,6 +88,8 @@ class GPTConfig:
             fits = type(getattr(self, name)) in (*kinds, *((int,) if float in kinds else ()))
             if not fits and name not in ("global_layers", "rope_scaling"):
                 wrong[name] = " or ".join(kind.__name__ for kind in kinds)
+        if not isinstance(self.rope_scaling, Mapping | None):
+            wrong["rope_scaling"] = "a mapping or None"
         return wrong
 
     def _problems_of_scaling(self, scaling: Mapping[str, Any]) -> list[str]:
@@ -95,10 +97,19 @@ class GPTConfig:
         if kind not in ROPE_TYPES:
             return [f"rope_scaling={scaling} must have a rope_type of {', '.join(ROPE_TYPES)}"]
         problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
-        if kind == "llama3" and not problems and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        lists = [key for key in ("short_factor", "long_factor") if scaling.get(key)]
+        for key in (*ROPE_TYPES[kind], "attention_factor", "beta_fast", "beta_slow"):
+            value = scaling.get(key)
+            numbers = value if key in lists and isinstance(value, list | tuple) else [value]
+            if value is not None and not all(type(number) in (int, float) and number > 0 for number in numbers):
+                problems.append(
+                    f"rope_scaling's {key}={value!r} must be {'numbers' if key in lists else 'a number'} above 0"
+                )
+        if problems:
+            return problems
+        if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
             problems.append("rope_scaling of type llama3 needs a low_freq_factor below its high_freq_factor")
-        lists = {key: len(scaling[key]) for key in ("short_factor", "long_factor") if scaling.get(key)}
-        wrong = {key: length for key, length in lists.items() if length != self.rotary // 2}
+        wrong = {key: len(scaling[key]) for key in lists if len(scaling[key]) != self.rotary // 2}
         return problems + [f"{key} has {length} numbers for {self.rotary // 2} pairs" for key, length in wrong.items()]
 
     @property

@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,8 @@ class CheckpointManager:
         directory, name = _locate(path)
         if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
-        model, checkpoint, marker = _load_of_one_save(directory, name, base, device, mapped)
+        read = partial(_load_weights, directory, name, base, device, mapped)
+        (model, checkpoint), marker = _of_one_save(directory, read)
         if apply_lora:
             settings = dict(lora_config or {})
             untie = settings.pop("untie", False)
@@ -237,17 +239,14 @@ class CheckpointManager:
         lies in shards there are none; `shards_of` gives these.
         """
         directory, _ = _locate(path)
-        while True:
-            marker = files.read_marker(directory)
-            try:
-                state = _load(directory, STATE, device, mapped=in_shares)
-                if not in_shares and SHARDS in (marker or {"files": {}})["files"]:
-                    _put_together(directory, state, device)
-                if files.read_marker(directory) == marker:
-                    return state
-            except (ValueError, OSError):
-                if files.read_marker(directory) == marker:
-                    raise
+
+        def read(marker: dict[str, Any] | None) -> dict[str, Any]:
+            state = _load(directory, STATE, device, mapped=in_shares)
+            if not in_shares and SHARDS in (marker or {"files": {}})["files"]:
+                _put_together(directory, state, device)
+            return state
+
+        return _of_one_save(directory, read)[0]
 
     @staticmethod
     def shards_of(directory: Path, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
@@ -271,7 +270,9 @@ class CheckpointManager:
         """What a LoRA run in `directory` remembers of the model it adapts: relative path and sha256 of its weights."""
         folder, name = _locate(base)
         # The file itself may be a link into a store of nameless blobs, as in Hugging Face's cache.
-        path = os.path.relpath(folder.resolve() / name, Path(directory).resolve())
+        path = folder.resolve() / name
+        with contextlib.suppress(ValueError):  # from another drive of Windows there is no way
+            path = os.path.relpath(path, Path(directory).resolve())
         return {"path": Path(path).as_posix(), "sha256": _sha256(folder, name), "given": str(base)}
 
     @staticmethod
@@ -335,8 +336,8 @@ class CheckpointManager:
         """Every problem of a model directory: damaged or missing files, unreadable weights, others in model.safetensors
         than in ckpt.pt. Empty when it is sound."""
         directory, _ = _locate(path)
-        marker, weights = files.read_marker(directory), files.find(directory, HF_WEIGHTS)
-        if marker is None:
+        before, weights = _in_force(directory), files.find(directory, HF_WEIGHTS)
+        if (marker := before[0]) is None:
             return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
         problems = []
         for name in marker["files"]:
@@ -352,7 +353,7 @@ class CheckpointManager:
                 problems += hugging_face.weight_problems(model, weights) if twice else []
             except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
-        if problems and (files.read_marker(directory), files.find(directory, HF_WEIGHTS)) != (marker, weights):
+        if problems and _in_force(directory) != before:
             return CheckpointManager.verify(path, base)  # a run has saved meanwhile
         return problems
 
@@ -394,28 +395,44 @@ def _sha256(directory: Path, name: str) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _load_of_one_save(
-    directory: Path, name: str, base: str | Path | None, device: str | torch.device, mapped: bool
-) -> tuple[GPT, dict[str, Any], dict[str, Any] | None]:
-    """The model, what is saved with it, and the marker that both belong to: a run may save while we read."""
+def _of_one_save(directory: Path, read: Callable[[dict[str, Any] | None], Any]) -> tuple[Any, dict[str, Any] | None]:
+    """(what `read` makes of the directory, the marker in force that it was given): a run may save meanwhile, and what
+    was read of two saves, or not found because it was just renamed, is read again."""
     while True:
-        marker = files.read_marker(directory)
+        before = _in_force(directory)
         try:
-            if is_lora(marker):
-                model, checkpoint = _load_adapted(directory, marker, base, device, mapped)
-            elif name in hub.WEIGHTS:
-                ours = name in (marker or {"files": {}})["files"]
-                with files.open_verified(directory, name) if ours else contextlib.nullcontext():
-                    model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
-                checkpoint = {"model_args": model_args(model.config)}
-            else:
-                checkpoint = _load(directory, name, device, mapped)
-                model = build_model(checkpoint, directory / name)
-            if files.read_marker(directory) == marker:
-                return model, checkpoint, marker
+            found = read(before[0])
+            if _in_force(directory) == before:
+                return found, before[0]
         except (ValueError, OSError):
-            if files.read_marker(directory) == marker:
+            if _in_force(directory) == before:
                 raise
+
+
+def _in_force(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The marker, and where each of its files lies."""
+    marker = files.read_marker(directory)
+    return marker, [files.find(directory, name) for name in (marker or {"files": {}})["files"]]
+
+
+def _load_weights(
+    directory: Path,
+    name: str,
+    base: str | Path | None,
+    device: str | torch.device,
+    mapped: bool,
+    marker: dict[str, Any] | None,
+) -> tuple[GPT, dict[str, Any]]:
+    """The model, and what is saved with it."""
+    if is_lora(marker):
+        return _load_adapted(directory, marker, base, device, mapped)
+    if name in hub.WEIGHTS:
+        ours = name in (marker or {"files": {}})["files"]
+        with files.open_verified(directory, name) if ours else contextlib.nullcontext():
+            model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
+        return model, {"model_args": model_args(model.config)}
+    checkpoint = _load(directory, name, device, mapped)
+    return build_model(checkpoint, directory / name), checkpoint
 
 
 def _load_adapted(

@@ -20,10 +20,11 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configurator import PRECISIONS
+from configurator import PRECISIONS, precision
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,13 +43,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="the picture (default: A-vs-B.png, here, of the directories' names)")
     add("--json", type=Path, metavar="FILE", help="write all of it there too, for programs")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    add("--dtype", choices=PRECISIONS, default="float32", help="of the weights (default float32)")
+    add("--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the weights (default float32)")
     add("--base", help="where the base of a LoRA directory lies now, if it was moved")
     add("--tokenizer", help="tokenizer.json, for a model that comes without one (nanoGPT's)")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import numpy as np
@@ -148,6 +151,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def check(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < 0 or arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
         raise ValueError("--max_tokens and --temperature must be at least 0, and --max_new_tokens at least 1")
+    if find_spec("matplotlib") is None:
+        raise ValueError("a picture needs the package matplotlib: pip install matplotlib")
     for path in (arguments.out, arguments.json):
         if path is not None and path.is_dir():
             raise ValueError(f"{path} is a folder: name a file to write to")

@@ -58,6 +58,11 @@ PRECISION_SPELLINGS = dict(zip(("fp32", "bf16", "fp16"), PRECISIONS, strict=True
 LONGEST_UNASKED = 1024  # tokens of a training sequence where a model could read more
 
 
+def precision(name: str) -> str:
+    """As torch calls it: bf16 is bfloat16. What is none stays as it is."""
+    return PRECISION_SPELLINGS.get(name, name)
+
+
 def setting(default: Any, help: str, choices: tuple = (), resume: str = "free") -> Any:
     """A configuration field. `resume` says what a change means for a run that goes on: free, warn or refuse."""
     return field(default=default, metadata={"help": help, "choices": choices, "resume": resume})
@@ -405,7 +410,9 @@ def _typed(key: str, value: Any) -> Any:
     if key in NAMES:
         listed = _parse(value) if isinstance(value, str) and value.startswith("[") else value
         value = ",".join(map(str, listed)) if isinstance(listed, list | tuple | set) else value
-    if kind is str:
+    if key == "dtype" and isinstance(value, str):
+        value = precision(value)
+    if kind is str and value is not None:
         value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
         if key == "mesh_shape":
             Mesh.parse(value, processes=1)
@@ -415,14 +422,14 @@ def _typed(key: str, value: Any) -> Any:
                 f"{key}={value} must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
             )
         return value
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = type(value) in (int, float) and abs(value) < math.inf
     if (
         (kind is bool and isinstance(value, bool))
         or (kind is float and number)
         or (kind is int and number and value == int(value) and abs(value) < 2**63)
     ):
         return kind(value)
-    words = {bool: "true or false", int: "a whole number", float: "a number"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     raise ValueError(f"{key}={value!r} must be {words[kind]}")
 
 

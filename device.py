@@ -7,6 +7,7 @@ import time
 import torch
 
 from configurator import PRECISIONS
+from words import first_line
 
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
@@ -28,7 +29,7 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found)
     except Exception as error:  # each backend has errors of its own
-        raise ValueError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={device} cannot be used here: {first_line(error)}") from None
     return found
 
 
@@ -79,7 +80,7 @@ def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a version too new: the compiler's own words are best
-        reason = f"torch.compile does not work here ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        reason = f"torch.compile does not work here ({type(error).__name__}: {first_line(error)[:100]})"
         if setting == "true":
             raise ValueError(f"compile=true, but {reason}") from None
         return False, reason

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from mesh import AXES, Mesh
 # In the processes' common store: which of them was the first to fail, and how many have asked.
 FAILED, ASKED = "nanoforge/failed", "nanoforge/asked"
 ASKING_SECONDS = 5.0  # for the others, before the store goes with the process that keeps it
+PATIENCE = timedelta(days=1)  # with rank 0, which may prepare a dataset meanwhile; one that ends is noticed at once
 
 
 class Ranks:
@@ -33,7 +35,8 @@ class Ranks:
         if self.size > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(self.local)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
 
     def arrange(self, mesh: Mesh, device_type: str) -> None:
         """Give every process its place in the mesh, which has as many places as there are processes."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configurator import PRECISIONS
+from configurator import PRECISIONS, precision
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +25,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("directory", type=Path, help="a model directory; one with an adapter is merged on the way")
     parser.add_argument("--to", choices=["gguf"], required=True, help="the format")
     parser.add_argument("--out", type=Path, help="the file (default: NAME.gguf, here)")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the matrices (default float32)")
+    parser.add_argument(
+        "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the matrices (default float32)"
+    )
     parser.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
     return parser.parse_args(arguments)
 
@@ -246,7 +248,7 @@ def write(
     try:
         for key, value in facts.items():
             if key != "general.architecture":  # the writer has written it
-                add(gguf, writer, key, value)
+                add(writer, key, value)
         for name, tensor in state:
             data, raw = stored(gguf, tensor, kind)
             writer.add_tensor(name, data, raw_dtype=raw)
@@ -259,7 +261,7 @@ def write(
         os.fsync(file.fileno())
 
 
-def add(gguf, writer, key: str, value: Any) -> None:
+def add(writer, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
     else:

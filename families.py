@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from architecture import ORIGINAL, ROPE_TYPES
 from hub import Stored, find, read_json, stored_tensors
 from model import GPT, GPTConfig, on_meta
+from words import first_few
 
 CONFIG = "config.json"
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it
@@ -503,8 +504,7 @@ def load_state(
         if found[name].shape != wanted:
             problems.append(f"{name} is {found[name].shape} where the model has {wanted}")
     if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{source} does not hold the model that its {CONFIG} describes: {shown}")
+        raise ValueError(f"{source} does not hold the model that its {CONFIG} describes: {first_few(sorted(problems))}")
     tokens = next(name for name, tensor in model.named_parameters() if tensor is model.embedding.weight)
     dtype = dtype or found[tokens].read().dtype
     if head is not None and not torch.equal(head.read(), found[tokens].read()):

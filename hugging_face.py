@@ -22,6 +22,7 @@ from hub import write_tensors
 from model import GPT, GPTConfig
 from model_directory import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, WEIGHTS
 from tokenizer import EOT
+from words import first_few
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 RENAMED = {"dtype": "compute_dtype"}  # the run's setting: its name in config.json
@@ -133,5 +134,4 @@ def weight_problems(model: GPT, path: Path) -> list[str]:
                     problems.append(f"{name} has other values")
     except safetensors.SafetensorError as error:
         problems = [f"it is no safetensors file ({error})"]
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    return [f"{path} holds another model than {WEIGHTS}: {shown}"] if problems else []
+    return [f"{path} holds another model than {WEIGHTS}: {first_few(problems, 3)}"] if problems else []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_config import ALL, ALL_LINEAR, LoRAConfig, is_number, nearest
+from words import first_few
 
 DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
 
@@ -362,8 +363,7 @@ def _check_room(model: nn.Module, name: str, paths: Iterable[str], untie: bool) 
 def raise_some(what: str, problems: list[str], shown: int = 6) -> None:
     """Raise ValueError with the first few problems, if there are any."""
     if problems:
-        more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:shown])}{more}")
+        raise ValueError(f"{what}: {first_few(problems, shown)}")
 
 
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:

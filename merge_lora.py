@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configurator import PRECISIONS
+from configurator import PRECISIONS, precision
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +26,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "destination", type=Path, nargs="?", help="the new directory (default: beside it, ...-merged by the convention)"
     )
     parser.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the new weights (default float32)")
+    parser.add_argument(
+        "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the new weights (default float32)"
+    )
     parser.add_argument(
         "--data", help="dataset whose validation text to compare on (default: the run's, else this project's README)"
     )

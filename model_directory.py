@@ -16,6 +16,7 @@ from typing import Any
 
 import files
 from naming import ModelName
+from words import as_table
 
 WEIGHTS = "ckpt.pt"
 STATE = "last/state.pt"
@@ -124,10 +125,7 @@ def list_models(root: Path) -> str:
             about = read_about(path)
             numbers = f"{about['parameters']:,}", f"{about['iter_num']:,}", f"{about['best_val_loss']:.4f}"
         rows.append((path.name, *numbers, f"{size_on_disk(path) / 1e6:,.0f} MB", state))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return as_table(rows)
 
 
 def show(directory: Path) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import PRECISIONS
+from configurator import PRECISIONS, precision
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument(
         "--dtype",
+        type=precision,
         choices=["auto", *PRECISIONS, "int8"],
         default="auto",
         help="of the weights; int8 is for x86 processors and says what it costs; auto (default) is float16 there, with "
@@ -46,6 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import torch

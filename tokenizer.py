@@ -170,17 +170,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json to `path`, whole or not at all. OSError where it cannot be written."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.nanoforge-new")  # same folder: an atomic rename
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.write_atomic(Path(path), self.to_json().encode())
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Tokenizer":

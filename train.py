@@ -23,6 +23,8 @@ from typing import Any
 import configurator
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
     RUN = configurator.parse()  # --help and mistakes do not wait for torch
 
 import torch
@@ -234,8 +236,8 @@ class Trainer:
             f"iteration {self.iter_num:,}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}"
             f"{bits}{' (best so far)' if best else ''}"
         )
-        self._show_sample()
         self.save(best)
+        self._show_sample()
 
     # ---- state
 
@@ -289,8 +291,9 @@ class Trainer:
             shards=shards,
             fingerprint=fingerprint,
         )
-        plot = plot_loss(read_metrics(self.directory), self.directory.resolve().name)
-        files.write_atomic(self.directory / PLOT, plot)
+        with contextlib.suppress(ImportError):  # a run needs no picture
+            plot = plot_loss(read_metrics(self.directory), self.directory.resolve().name)
+            files.write_atomic(self.directory / PLOT, plot)
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.shares:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, on_meta
+from words import first_few, first_line
 
 
 def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device, mapped: bool = False) -> dict[str, Any]:
@@ -21,8 +22,7 @@ def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device, mapp
             if "weights_only" in str(error).lower()
             else "it is cut short or no checkpoint"
         )
-        words = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path} is refused: {reason} ({words})") from None
+        raise ValueError(f"{path} is refused: {reason} ({first_line(error)[:120]})") from None
     if (
         not isinstance(checkpoint, dict)
         or not isinstance(checkpoint.get("model"), dict)
@@ -71,8 +71,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
         if state[key].shape != expected[key].shape
     ]
     if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{source} does not hold the model its model_args describe: {shown}")
+        raise ValueError(f"{source} does not hold the model its model_args describe: {first_few(sorted(problems))}")
     model.load_state_dict(state, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embedding.weight  # assigning has parted them

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configurator import PRECISIONS
+from configurator import PRECISION_SPELLINGS
 from registry.entries import BUILT_IN, ConflictError, Entries, Entry, UnknownModelError, caller
 
 MINI_LM = "MiniLM"  # a constructor's name (names.py), so spelled like this it is not the recipe minilm
-ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
+ALIASES = PRECISION_SPELLINGS | {"half": "float16", "f32": "float32", "float": "float32"}
 ARCHITECTURES = ("encoder_only", "decoder_only", "seq2seq")
 
 
@@ -39,8 +38,8 @@ class ModelSpec:
             problems.append(f"hf_id={self.hf_id!r} must be NAME or OWNER/NAME")
         if self.arch not in (None, *ARCHITECTURES):
             problems.append(f"arch={self.arch!r} must be one of {', '.join(ARCHITECTURES)}")
-        known = ("auto", *PRECISIONS, *ALIASES)
-        if self.dtype is not None and str(self.dtype).lower().removeprefix("torch.") not in known:
+        known = ("auto", *ALIASES)
+        if str(self.dtype).lower().removeprefix("torch.") not in known:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(known)}")
         if problems:
             raise ValueError("impossible model spec: " + "; ".join(problems))

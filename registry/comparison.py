@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from registry.resolve import as_table
 from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType
+from words import as_table
 
 Fact = tuple[str, Callable[[PartSpec], Any]]
 

@@ -22,6 +22,7 @@ from hub import read_json, stored_tensors
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
 from registry.catalogue import ALIASES, ARCHITECTURES
 from registry.plain_tokenizer import PlainTokenizer
+from words import first_line
 
 ENCODER, DECODER, SEQ2SEQ = ARCHITECTURES
 HEADED = {ENCODER: "AutoModelForMaskedLM", DECODER: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
@@ -235,7 +236,7 @@ def _open(model_class: type, folder: Path, options: dict[str, Any]) -> tuple[nn.
     try:
         model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # the libraries below have errors of their own
-        raise ValueError(f"{folder} does not open as {model_class.__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{folder} does not open as {model_class.__name__}: {first_line(error)}") from error
     return model, sorted(report["missing_keys"])
 
 
@@ -270,7 +271,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False, **opt
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # a broken file, or a package that is not installed
-        raise ValueError(f"{folder} has no tokenizer that opens: {_first_line(error)}") from error
+        raise ValueError(f"{folder} has no tokenizer that opens: {first_line(error)}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Transformers makes one out of nothing, to which every word is unknown.
         raise ValueError(f"{folder} has no tokenizer: none of its files holds a vocabulary")
@@ -310,7 +311,3 @@ def _is_installed(package: str) -> bool:
 def _require(package: str, what: str) -> None:
     if not _is_installed(package):
         raise ValueError(f"{what} needs the package {package}, which is not installed: pip install {package}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -41,8 +41,9 @@ from registry.rehearsal import (
     rehearse_step,
     with_batch,
 )
-from registry.resolve import as_table, find_model
+from registry.resolve import find_model
 from registry.skeleton import skeleton
+from words import as_table
 
 GB = 10**9
 CARDS = (11, 24, 48, 80, 141)  # GB
@@ -156,7 +157,7 @@ def estimate(
 
 def share_of_batch(batch_size: int, mesh: Mesh) -> int:
     if batch_size < 1 or batch_size % mesh.readers:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of dp x fsdp = {mesh.readers}")
+        raise ValueError(f"batch_size={batch_size} must be a multiple of dp x fsdp = {mesh.readers}, and not 0")
     return batch_size // mesh.readers
 
 
@@ -264,11 +265,13 @@ class Fitting:
 # ---- this machine
 
 
-def machine_memory() -> tuple[int, int]:
+def machine_memory() -> tuple[int, int] | None:
     """(bytes this machine has, bytes of them that are free). A control group's limit counts where it is lower."""
     try:
         text = Path("/proc/meminfo").read_text()
-    except OSError:  # macOS does not say what is free
+    except OSError:  # macOS does not say what is free, and Windows nothing
+        if not hasattr(os, "sysconf"):
+            return None
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return total, total
     total, free = (1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1]) for key in ("MemTotal", "MemAvailable"))
@@ -315,8 +318,8 @@ def run_memory(arguments: Any) -> tuple[str, Any]:
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
     process = Fitting(replace(plan, cuda=False), arguments.batch_size) if mesh.devices == 1 else None
     verdicts = [_verdict(f"{size} GB card", card, size * GB) for size in CARDS]
-    if process:
-        total, free = machine_memory()
+    if process and (memory := machine_memory()):
+        total, free = memory
         verdicts.append(_verdict(f"this machine, {free / GB:.1f} of {total / GB:.1f} GB free", process, free))
     work = "text being made" if arguments.generate else f"LoRA rank {lora.rank}" if lora else "full training"
     again = ", activations computed again" if recompute else ""

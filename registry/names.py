@@ -31,6 +31,7 @@ from model import GPT, GPTConfig
 from registry import catalogue, loading, resolve
 from registry.configuration import ModelConfig
 from registry.entries import BUILT_IN, Entries, Entry, RegistryError, UnknownModelError, caller, matching
+from words import as_table
 
 GROUP = "nanoforge.models"
 # ---- constructors
@@ -304,4 +305,4 @@ def _directories() -> dict[str, Path]:
 def run_list(arguments: Any) -> tuple[str, Any]:
     listed = describe_models(arguments.text)
     rows = [(one.name, one.kind, one.state, one.detail or one.source) for one in listed]
-    return resolve.as_table([("name", "kind", "state", "where"), *rows]), [asdict(one) for one in listed]
+    return as_table([("name", "kind", "state", "where"), *rows]), [asdict(one) for one in listed]

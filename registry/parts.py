@@ -41,9 +41,10 @@ from registry.decompose import (
 )
 from registry.describe import oriented
 from registry.names import get_model
-from registry.resolve import ModelNotFoundError, as_table, find_model
+from registry.resolve import ModelNotFoundError, find_model
 from registry.skeleton import fingerprint, skeleton, tokenizer_hash
 from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType, from_json, to_json
+from words import as_table
 
 __all__ = [
     "Layout",

@@ -28,6 +28,7 @@ from typing import Any
 import hub
 import model_directory
 from registry import catalogue
+from words import as_table
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNERS = ("NANOFORGE", "CODEX_ML")  # whose variables count: ours, and those of the tool that people come from
@@ -291,13 +292,6 @@ def lacking_tokenizer(folder: Path) -> str:
 
 
 # ---- for people
-
-
-def as_table(rows: list[tuple[str, ...]]) -> str:
-    """Columns of text, the first row being their heads."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _rows(trace: tuple[Candidate, ...]) -> list[tuple[str, ...]]:

@@ -23,6 +23,7 @@ from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
 from registry import loading
 from weights import build_model, read_checkpoint
+from words import first_line
 
 STORED_DTYPES = {name: dtype for dtype, name in hub.DTYPES.items()}
 
@@ -136,5 +137,5 @@ def _of_transformers(folder: Path, hf: dict[str, Any]) -> nn.Module:
                 return named(config)
             return transformers.AutoModel.from_config(config)
     except Exception as error:  # the library has many, of its own and of others
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{folder} describes no model that Transformers or our GPT can build: {first}") from error
+        reason = first_line(error)
+        raise ValueError(f"{folder} describes no model that Transformers or our GPT can build: {reason}") from error

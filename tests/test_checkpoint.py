@@ -14,6 +14,7 @@ import torch
 from conftest import kill_at_random_moments
 from safetensors.torch import load_file
 
+import checkpoint
 import files
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
@@ -332,6 +333,12 @@ def hash_problem(path: Path) -> list[str]:
         (lambda c: c["model_args"].update(rotary=True), "model_args has rotary"),
         (lambda c: c["model_args"].update(n_head=3), "n_embd=16 must be a multiple of n_head=3"),
         (lambda c: c["model_args"].update(n_layer="2"), "no numbers of a model"),
+        (lambda c: c["model_args"].update(block="llama", rope_scaling=[1]), "must be a mapping or None"),
+        (lambda c: c["model_args"].update(block="llama", rotary_share=2.0), "dimensions would turn"),
+        (
+            lambda c: c["model_args"].update(block="llama", rope_scaling={"rope_type": "linear", "factor": "2"}),
+            "factor='2' must be a number above 0",
+        ),
         (lambda c: c["model"].update(extra=3), "something other than named tensors"),
         (lambda c: c.pop("model_args"), "needs the keys model and model_args"),
     ],
@@ -343,6 +350,30 @@ def test_weights_that_do_not_fit_their_description_are_refused(tmp_path, change,
     torch.save(contents, tmp_path / "out" / "ckpt.pt")
     with pytest.raises(ValueError, match=words):
         CheckpointManager.load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda path: CheckpointManager.load_model(path, mapped=True)[0].state_dict(),
+        lambda path: CheckpointManager.load_training_state(path, in_shares=True)["model"],
+    ],
+)
+def test_weights_that_a_save_renames_before_they_are_mapped_are_read_again(tmp_path, monkeypatch, load):
+    save(tmp_path, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "recover", lambda directory: None)  # as a kill before the renames leaves it
+        expected = save(tmp_path, seed=2).state_dict()
+    read, renamed = checkpoint.read_checkpoint, []
+
+    def then_renamed(file, path, *others):
+        if not renamed:
+            renamed.append(os.replace(file.name, path))
+        return read(file, path, *others)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", then_renamed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(tmp_path).items())
+    assert renamed
 
 
 def test_a_directory_without_a_training_state_says_that_it_cannot_be_resumed(tmp_path):

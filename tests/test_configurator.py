@@ -1,9 +1,12 @@
 """configurator.py: what it takes, what it refuses, and how it says so."""
 
+import ast
 import re
 import subprocess
 import sys
 from dataclasses import fields, replace
+from graphlib import TopologicalSorter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,7 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("learning_rate=1e999", "learning_rate=inf must be a number"),
         ("max_iters={[]}", "max_iters='{[]}' must be a whole number"),
         ("seed=" + "9" * 30, "must be a whole number"),
+        ("seed=" + "9" * 400, "must be a whole number"),
         ("learning_rate=-1", "learning_rate=-1.0 must be above 0"),
         ("dropout=1", "dropout=1.0 must be at least 0 and below 1"),
         ("beta2=1", "beta2=1.0"),
@@ -121,6 +125,16 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
 )
 def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
     assert words in refusal(argument)
+
+
+def test_nothing_is_no_text(tmp_path):
+    file = write(tmp_path / "c.py", 'config = {"out_dir": None, "dataset": None}')
+    assert f"{file}:1: out_dir=None must be text" in refusal(file) and "dataset=None must be text" in refusal(file)
+
+
+def test_a_precision_is_the_same_by_its_short_name():
+    for short, whole in {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.items():
+        assert load([f"dtype={short}"])[0].dtype == whole
 
 
 def test_a_file_that_fails_is_named_with_its_error(tmp_path):
@@ -285,6 +299,23 @@ def test_a_run_imports_matplotlib_for_its_first_picture():
 
 def test_every_activation_that_is_allowed_can_be_computed():
     assert tuple(model.ACTIVATIONS) == architecture.ACTIVATIONS
+
+
+def test_imports_point_one_way():
+    """Also those inside functions: no module is imported, by whatever way round, by what it imports."""
+    paths = chain(ROOT.glob("*.py"), *((ROOT / folder).rglob("*.py") for folder in ("data", "registry", "bench")))
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    graph = {}
+    for name, path in known.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[name] = (found & known.keys()) - {name, name.partition(".")[0]}  # a package's own names are its modules'
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("configurator") < order.index("model") < order.index("checkpoint") < order.index("train")
 
 
 def test_every_public_name_of_the_registry_is_there_when_asked_for():

@@ -93,6 +93,15 @@ def test_a_lora_run_teaches_the_base_and_leaves_it_as_it_was(base, adapted):
     }
 
 
+def test_a_base_on_another_drive_is_remembered_by_its_whole_path(base, tmp_path, monkeypatch):
+    def no_way(path, start):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(os.path, "relpath", no_way)
+    path = CheckpointManager.base_reference(base, tmp_path)["path"]
+    assert path == (base.resolve() / "ckpt.pt").as_posix() == (tmp_path / path).as_posix()
+
+
 def test_its_directory_holds_the_adapter_and_how_to_go_on_but_no_model(base, adapted):
     names = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
     assert "adapters/adapter_model.safetensors" in names and "adapters/adapter_config.json" in names

@@ -18,7 +18,7 @@ from lora import LoRAConfig, apply_lora
 from mesh import Mesh
 from model import GPT, GPTConfig
 from parallel import cuts
-from registry import heap
+from registry import heap, memory
 from registry.__main__ import main, parse
 from registry.memory import (
     CARDS,
@@ -399,9 +399,13 @@ def test_an_encoder_is_refused(tmp_path):
         named_config(str(tmp_path))
 
 
-def test_this_machine_has_memory():
+def test_this_machine_has_memory(monkeypatch, tmp_path):
     total, free = machine_memory()
     assert 0 < free <= total
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))  # as where there is no /proc
+    assert machine_memory() == (memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE"),) * 2
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert machine_memory() is None
 
 
 @pytest.mark.slow

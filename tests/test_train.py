@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -141,6 +142,18 @@ def test_a_run_goes_on_without_anybody_to_tell(dataset, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def test_text_that_stdout_cannot_write_ends_no_program(dataset, tmp_path, script, monkeypatch):
+    """Windows gives a redirected program such a stdout; a model that has learned nothing writes U+FFFD."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = tmp_path / "m\u00f6del"
+    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=2")
+    assert done.returncode == 0 and "m?del" in done.stdout, done.stderr
+    done = script("sample.py", out, "--prompt", "\u03b1", "--max_new_tokens", 5)
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+    done = script("compare.py", out, out, "--prompt", "\u03b1", "--max_tokens", 40, "--out", tmp_path / "p.png")
+    assert done.returncode == 0 and "prompt: ?" in done.stdout, done.stderr
+
+
 def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
     settings = (f"dataset={dataset}", *QUICK, "max_iters=100000", "eval_interval=100000")
     process = subprocess.Popen(command("train.py", *settings, f"out_dir={tmp_path / 'a'}"), stdout=subprocess.PIPE)
@@ -260,6 +273,20 @@ def test_the_first_save_comes_before_the_first_step_and_then_by_minutes(dataset,
     run.save = lambda best: (saved.append(run.iter_num), plain(best))
     run.run(train.StopSignal())
     assert saved == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_sample_that_fails_loses_no_evaluation(dataset, tmp_path, monkeypatch):
+    run = trainer(dataset, tmp_path / "x", "max_iters=4")
+    monkeypatch.setattr(run, "_show_sample", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.run(train.StopSignal())
+    assert CheckpointManager.verify(tmp_path / "x") == [] and state(tmp_path / "x")["evaluated_at"] == 0
+
+
+def test_a_run_without_matplotlib_has_everything_but_the_picture(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an import of it then fails
+    assert trainer(dataset, tmp_path / "x", "max_iters=2").run(train.StopSignal()) == 0
+    assert CheckpointManager.verify(tmp_path / "x") == [] and not (tmp_path / "x" / "loss.png").exists()
 
 
 def test_the_directory_of_a_run_is_complete(dataset, tmp_path, script):

@@ -1,0 +1,23 @@
+"""Parts of what is told: of error messages, and tables."""
+
+from collections.abc import Iterable
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says before its first line break, or what it is called if it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_few(problems: Iterable[str], shown: int = 5) -> str:
+    """A sentence of the first problems, and how many more there are."""
+    problems = list(problems)
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return "; ".join(problems[:shown] + more)
+
+
+def as_table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns of text, the first row being their heads."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
