@@ -96,9 +96,12 @@ def status(directory: Path) -> str:
                 return "complete"
         if files.read_marker(directory) == marker and not (directory / files.PENDING).exists():
             return "torn"  # and not merely being written while we looked
-    if any((directory / name).exists() for name in (MODEL_ARGS, LOG)):
+    if (directory / MODEL_ARGS).exists():
         return "torn"
-    return "foreign" if (directory / WEIGHTS).is_file() else ""
+    if (directory / WEIGHTS).is_file():
+        return "foreign"
+    # A log alone is a run that was stopped before its first save; beside weights it is anybody's.
+    return "torn" if (directory / LOG).exists() and not (directory / HF_WEIGHTS).exists() else ""
 
 
 def models_in(root: Path) -> dict[Path, str]:
@@ -197,9 +200,12 @@ def _fingerprint(about: dict[str, Any], of: str) -> str | None:
 def _kept_though_torn(directory: Path) -> str:
     """Why a torn directory is not to be deleted: its weights are whole, or not all that is in it is a run's."""
     with contextlib.suppress(ValueError):  # of a marker that is none
-        listed = (files.read_marker(directory) or {"files": {}})["files"]
-        for name in (WEIGHTS, ADAPTER_WEIGHTS):
+        marker = files.read_marker(directory)
+        listed = (marker or {"files": {}})["files"]
+        for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE):
             path = files.find(directory, name)
+            if marker is None and path.exists():  # no save ends like that, so what it is nobody knows
+                return f"it has no {files.MARKER}, but {name} is there: delete it by hand"
             if name in listed and path.is_file() and path.stat().st_size == listed[name].get("size"):
                 return f"it is torn, but its {name} is whole"
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):

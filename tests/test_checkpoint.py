@@ -517,7 +517,8 @@ def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_pa
     for name in ("gpt-6K-x-pretrain", "gpt-6K-x-pretrain-v2", "gpt-6K-x-pretrain-v10", "gpt-6K-y-pretrain-v1"):
         save(tmp_path / name)
     save(tmp_path / "gpt-6K-y-pretrain-v2")
-    (tmp_path / "gpt-6K-y-pretrain-v2" / "export_meta.json").unlink()
+    for name in ("ckpt.pt", "model.safetensors", "last/state.pt"):
+        (tmp_path / "gpt-6K-y-pretrain-v2" / name).write_bytes(b"")
     nanogpt(tmp_path / "out")
     before = sorted(p.name for p in tmp_path.iterdir())
     done = script("checkpoint.py", "prune", tmp_path)
@@ -531,6 +532,13 @@ def test_prune_shows_first_deletes_with_yes_and_keeps_the_newest_complete(tmp_pa
 def test_prune_keeps_torn_directories_of_which_something_can_be_used(tmp_path, script):
     save(tmp_path / "without-state")
     (tmp_path / "without-state" / "last" / "state.pt").unlink()
+    for name, file in (("a", "ckpt.pt"), ("b", "model.safetensors"), ("c", "adapters/adapter_model.safetensors")):
+        save(tmp_path / name)  # nobody knows whose this is
+        for path in [path for path in (tmp_path / name).rglob("*") if path.is_file()]:
+            path.unlink()
+        (tmp_path / name / file).parent.mkdir(exist_ok=True)
+        (tmp_path / name / file).write_text("x")
+        (tmp_path / name / "model_args.json").write_text("{}")
     for name, file in (("notes", "my notes.txt"), ("log", "training_log.txt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "training_log.txt").write_text("x")
@@ -541,7 +549,20 @@ def test_prune_keeps_torn_directories_of_which_something_can_be_used(tmp_path, s
     done = script("checkpoint.py", "prune", tmp_path, "--yes")
     for reason in ("its ckpt.pt is whole", "my notes.txt is no file of a run", "weights.onnx is no file of a run"):
         assert reason in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "others", "without-state"]
+    assert done.stdout.count("delete it by hand") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "notes", "others", "without-state"]
+
+
+@pytest.mark.parametrize("weights", ["ckpt.pt", "model.safetensors"])
+def test_a_log_beside_weights_makes_no_run_of_them(tmp_path, script, weights):
+    saved = save(tmp_path / "ours")
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", weights):
+        shutil.copy(tmp_path / "ours" / name, tmp_path / "m")
+    (tmp_path / "m" / "training_log.txt").write_text("x")
+    assert same(CheckpointManager.load_model(tmp_path / "m")[0], saved)
+    script("checkpoint.py", "prune", tmp_path, "--yes")
+    assert (tmp_path / "m" / weights).exists()
 
 
 @pytest.mark.parametrize("of", ["dataset", "tokenizer"])
