@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import script
 from model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -54,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
         sub = commands.add_parser(command, help=help)
         sub.add_argument(
-            "root", nargs="?", type=Path, default=Path("models"), help="folder of models (default: models)"
+            "root", nargs="?", type=script.typed_path, default=Path("models"), help="folder of models (default: models)"
         )
     sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
     for command, help in (
@@ -63,10 +64,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("deploy", "copy the best weights"),
     ):
         sub = commands.add_parser(command, help=help)
-        sub.add_argument("directory", type=Path)
+        sub.add_argument("directory", type=script.typed_path)
         if command == "verify":
-            sub.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
-    sub.add_argument("destination", type=Path)
+            sub.add_argument(
+                "--base", type=script.typed_path, help="where a LoRA directory's base lies now, if it was moved"
+            )
+    sub.add_argument("destination", type=script.typed_path)
     return parser.parse_args(arguments)
 
 
@@ -90,6 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
     if ARGUMENTS.command in ("list", "prune"):  # nor do these: they open no weights
         sys.exit(main(ARGUMENTS))
@@ -527,4 +531,5 @@ def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

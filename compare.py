@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import script
 from configurator import PRECISIONS, precision
 
 
@@ -40,8 +41,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=60, help="longest continuation, tokens (default 60)")
     add("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
     add("--seed", type=int, default=1337, help="same seed, same continuations, those of sample.py (default 1337)")
-    add("--out", type=Path, metavar="FILE", help="the picture (default: A-vs-B.png, here, of the directories' names)")
-    add("--json", type=Path, metavar="FILE", help="write all of it there too, for programs")
+    add(
+        "--out",
+        type=script.typed_path,
+        metavar="FILE",
+        help="the picture (default: A-vs-B.png, here, of the directories' names)",
+    )
+    add("--json", type=script.typed_path, metavar="FILE", help="write all of it there too, for programs")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     add("--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the weights (default float32)")
     add("--base", help="where the base of a LoRA directory lies now, if it was moved")
@@ -50,8 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import numpy as np
@@ -412,4 +417,5 @@ def draw_bars(axes: "Axes", report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

@@ -169,6 +169,7 @@ class RunConfig:
             for k in (*at_least_one, "log_interval")
             if getattr(self, k) < 1
         ]
+        found += [f"{k} needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
         not_negative = ("warmup_iters", "weight_decay", "grad_clip", "save_minutes", "sample_tokens", "seed")
         found += [f"{k}={getattr(self, k)} must not be negative" for k in not_negative if getattr(self, k) < 0]
         if self.learning_rate <= 0:
@@ -429,7 +430,7 @@ def _typed(key: str, value: Any) -> Any:
         or (kind is int and number and value == int(value) and abs(value) < 2**63)
     ):
         return kind(value)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words = {bool: "true or false", int: "a whole number below 2^63", float: "a number", str: "text"}
     raise ValueError(f"{key}={value!r} must be {words[kind]}")
 
 

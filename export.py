@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import script
 from configurator import PRECISIONS, precision
 
 
@@ -22,17 +23,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("directory", type=Path, help="a model directory; one with an adapter is merged on the way")
+    parser.add_argument(
+        "directory", type=script.typed_path, help="a model directory; one with an adapter is merged on the way"
+    )
     parser.add_argument("--to", choices=["gguf"], required=True, help="the format")
-    parser.add_argument("--out", type=Path, help="the file (default: NAME.gguf, here)")
+    parser.add_argument("--out", type=script.typed_path, help="the file (default: NAME.gguf, here)")
     parser.add_argument(
         "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the matrices (default float32)"
     )
-    parser.add_argument("--base", type=Path, help="where a LoRA directory's base lies now, if it was moved")
+    parser.add_argument(
+        "--base", type=script.typed_path, help="where a LoRA directory's base lies now, if it was moved"
+    )
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import numpy as np
@@ -306,4 +312,5 @@ def read_back(gguf, path: Path, facts: dict[str, Any], state: Iterator[tuple[str
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

@@ -356,6 +356,9 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         hf = _write(config, kind, family)
         if family.divisible and config.n_embd % config.n_head:
             continue
+        # Transformers wants as many of LongRoPE's factors as width / heads has pairs, whatever head_dim says.
+        if (config.rope_scaling or {}).get("rope_type") == "longrope" and config.D * config.n_head != config.n_embd:
+            continue
         try:
             if _read(hf, kind) == wanted:
                 return hf

@@ -238,7 +238,10 @@ def lock(directory: Path) -> Iterator[None]:
     The lock is on the directory itself, and the system drops it when the process ends, however it ends. Without `fcntl`
     (Windows) nothing is locked.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise save_error(directory, error) from error
     if fcntl is None:
         yield
         return

@@ -204,19 +204,29 @@ def _selection(names: str | Collection[str]) -> dict[str, str]:
     """The entries of `targets` or `exclude`, each with the regular expression that it stands for."""
     if isinstance(names, str):
         return {names: names}
-    return {name: rf"(.*\.)?{re.escape(name)}" for name in names}
+    return {name: rf"(.*[./])?{re.escape(name)}" for name in names}
 
 
 def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """{entry: paths} for {entry: regular expression}."""
-    spelled = {}
-    for path in paths:
-        dotted = (path, ".".join(GEMMA_NAMES.get(part, part) for part in path.split(".")))
-        spelled[path] = (*dotted, *(name.replace(".", "/") for name in dotted))
-    return {
-        entry: [path for path, names in spelled.items() if any(re.fullmatch(regex, name) for name in names)]
-        for entry, regex in entries.items()
-    }
+    """{entry: paths} for {entry: regular expression}.
+
+    A path is spelled as the entry spells it, and in no other way: an expression that says what a path must not hold
+    would match the spelling that holds it under another name.
+    """
+    found, paths = {}, list(paths)
+    for entry, regex in entries.items():
+        ours = any(name in entry for name in GEMMA_NAMES)
+        gemmas = "einsum" in entry or (not ours and re.search(r"\battn\b", entry))
+        spelled = {path: [path] * (ours or not gemmas) for path in paths}
+        for path in paths if gemmas else ():
+            spelled[path].append(".".join(GEMMA_NAMES.get(part, part) for part in path.split(".")))
+        between = "/" if "/" in entry else "."
+        found[entry] = [
+            path
+            for path, names in spelled.items()
+            if any(re.fullmatch(regex, name.replace(".", between)) for name in names)
+        ]
+    return found
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,11 +9,13 @@ What merging and rounding cost is printed for every dtype and kept in the new di
 
 import argparse
 import copy
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import script
 from configurator import PRECISIONS, precision
 
 
@@ -21,11 +23,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("directory", type=Path, help="a LoRA directory")
+    parser.add_argument("directory", type=script.typed_path, help="a LoRA directory")
     parser.add_argument(
-        "destination", type=Path, nargs="?", help="the new directory (default: beside it, ...-merged by the convention)"
+        "destination",
+        type=script.typed_path,
+        nargs="?",
+        help="the new directory (default: beside it, ...-merged by the convention)",
     )
-    parser.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
+    parser.add_argument("--base", type=script.typed_path, help="where the base lies now, if it was moved")
     parser.add_argument(
         "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the new weights (default float32)"
     )
@@ -36,6 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import numpy as np
@@ -243,10 +249,13 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
             if fidelity
             else f"{name:<10} cannot hold them"
         )
+    if merge_of["largest_delta"] == 0:
+        lines.append("the adapter changes nothing: its best evaluation was the one before its first step")
     if merge_of["untied"]:
         lines.append(f"untied: {', '.join(merge_of['untied'])} no longer shares its weight")
-    return "\n".join([*lines, f'try it: python sample.py {destination} --prompt "In this paper we"'])
+    return "\n".join([*lines, f'try it: python sample.py {shlex.quote(str(destination))} --prompt "In this paper we"'])
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

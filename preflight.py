@@ -126,6 +126,8 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if "mesh_shape" not in given and Mesh.parse(config.mesh_shape, ranks.size).devices != ranks.size:
         notes.append(f"mesh_shape was {config.mesh_shape} in the saved run, which is not for {ranks.size} process(es)")
         config = replace(config, mesh_shape="")
+    if config.max_iters < state["iter_num"] and "max_iters" in given:
+        problems.append(f"max_iters={config.max_iters} is less than the {state['iter_num']:,} steps of {directory}")
     dataset = find_dataset(config.dataset, ranks, CheckpointManager.find_tokenizer(directory))
     saved = state["dataset"]
     if saved["fingerprint"] != dataset.fingerprint:
@@ -167,7 +169,13 @@ def adapt(model: GPT, config: RunConfig) -> list[str]:
     counts = Counter(re.sub(r".*\b(h|layers)\.\d+\.", "", path) for path in report.matched)
     layers = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
     share = f"{report.trainable:,} of {report.total:,} parameters train"
-    return [f"LoRA rank {config.lora_rank} on {len(report.matched)} layers ({layers}): {share}"]
+    notes = [f"LoRA rank {config.lora_rank} on {len(report.matched)} layers ({layers}): {share}"]
+    shared = model.embedding.weight if model.config.tie_word_embeddings else None
+    if config.lora_untie and not any(model.get_submodule(path).weight is shared for path in report.matched):
+        notes.append(
+            "lora_untie=true unties nothing: no layer of lora_targets shares its weight (all leaves these out)"
+        )
+    return notes
 
 
 def _raise_all(problems: list[str]) -> None:

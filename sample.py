@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import script
 from configurator import PRECISIONS, precision
 
 
@@ -47,8 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 import torch
@@ -195,8 +195,11 @@ def read_prompt(prompt: str | None) -> str:
             return path.read_text(encoding="utf-8-sig").rstrip("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: {error}") from None
+        except OSError as error:
+            raise ValueError(f"the prompt cannot be read from {path}: {error.strerror}") from None
     return prompt
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

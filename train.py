@@ -14,6 +14,7 @@ from the step, and the generators behind dropout are saved with the weights. Eva
 import contextlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,10 +22,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import configurator
+import script
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, text of a model must not end the program
+    script.begin()
     RUN = configurator.parse()  # --help and mistakes do not wait for torch
 
 import torch
@@ -147,8 +148,9 @@ class Trainer:
             finished = self.iter_num >= config.max_iters
             due = self.iter_num % config.eval_interval == 0 or finished
             if due and self.evaluated_at != self.iter_num and not stopping:
-                self.evaluate_and_save()
-            elif (save_due or stopping) and self.saved_at not in (None, self.iter_num):
+                self.evaluate_and_save(stop)
+                stopping, _ = self._agree_on_stop(stop)
+            if (save_due or stopping) and self.saved_at not in (None, self.iter_num):
                 self.save(best=False)
             if stopping or finished:
                 return stopping
@@ -200,13 +202,17 @@ class Trainer:
         for weight, gradient in zip(self.dense, kept, strict=True):
             weight.grad = gradient
 
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss on the fixed batches of train and val, nats per token, and val's bits per byte of UTF-8 text."""
+    def evaluate(self, stop: StopSignal | None = None) -> dict[str, float] | None:
+        """Mean loss on the fixed batches of train and val, nats per token, and val's bits per byte of UTF-8 text.
+        None if a signal comes meanwhile."""
         self.raw_model.eval()
         result = {}
         for split, batches in self.evaluation.items():
             total = 0.0
             for first in range(0, len(batches), self.ranks.readers):
+                if stop is not None and self._agree_on_stop(stop)[0]:
+                    self.raw_model.train()
+                    return None
                 i = first + self.ranks.reader
                 batch = batches[min(i, len(batches) - 1)]  # who has none left computes along, for the others wait
                 x, y = sequences(getattr(self.dataset, split), batch, self.block_size)
@@ -221,8 +227,9 @@ class Trainer:
             result["val_bits_per_byte"] = result["val_loss"] / math.log(2) / self.dataset.bytes_per_token
         return result
 
-    def evaluate_and_save(self) -> None:
-        metrics = self.evaluate()
+    def evaluate_and_save(self, stop: StopSignal | None = None) -> None:
+        if (metrics := self.evaluate(stop)) is None:
+            return
         if not all(map(math.isfinite, metrics.values())):
             raise self._not_finite(f"the evaluation gives {metrics}", learning_rate(self.iter_num, self.config))
         best = metrics["val_loss"] < self.best_val_loss
@@ -415,6 +422,8 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
         f"{tokens:,} tokens a step, {config.micro_batches} micro-batches of {config.batch_size} sequences{divided}; "
         f"{config.max_iters:,} steps are {epochs:.2f} epochs"
     )
+    if config.warmup_iters > config.max_iters:
+        log.say(f"warmup_iters={config.warmup_iters:,} is longer than the run: learning_rate is never reached")
     for note in notes:
         log.say(note)
     if trainer.iter_num:
@@ -444,14 +453,18 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
         if trainer.saved_at is None:
             where = "before the first step, so there was nothing to save"
         if number:
-            resume = f"python train.py --init_from=resume --out_dir={trainer.directory}"
+            resume = f"python train.py --init_from=resume --out_dir={shlex.quote(str(trainer.directory))}"
             on = "start it again as before" if trainer.saved_at is None else f"go on with: {resume}"
             trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\n{on}")
         else:
             trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
-            trainer.log.say(f'try it: python sample.py {trainer.directory} --prompt "In this paper we"')
+            trainer.log.say(
+                f'try it: python sample.py {shlex.quote(str(trainer.directory))} --prompt "In this paper we"'
+            )
             if trainer.base:
-                trainer.log.say(f"make it a model of its own: python merge_lora.py {trainer.directory}")
+                trainer.log.say(
+                    f"make it a model of its own: python merge_lora.py {shlex.quote(str(trainer.directory))}"
+                )
     ranks.close()
     return 128 + number if number else 0
 
@@ -480,4 +493,5 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    script.ready()
     leave(main(*RUN))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
 
+import script
 from files import write_atomic
 from model_directory import LOG
 
@@ -73,8 +74,8 @@ def picture(runs: list[Run]) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="model directories")
-    parser.add_argument("--out", type=Path, help="file for the picture (PNG)")
+    parser.add_argument("runs", nargs="+", type=script.typed_path, help="model directories")
+    parser.add_argument("--out", type=script.typed_path, help="file for the picture (PNG)")
     arguments = parser.parse_args()
     try:
         runs = [read(directory) for directory in arguments.runs]

@@ -12,6 +12,7 @@ from pathlib import Path
 from data.format import FILES, SPLITS
 from data.sources import UNITS, HubDataset, Source, Unreachable, from_files, from_hub
 from data.tokens import write_dataset
+from script import typed_path
 from tokenizer import Tokenizer, gpt2, train_bpe
 
 HUB_SECONDS = 2.5  # to wait for the hub; GPT-2's ranks, which may take five, are not asked for where it did not answer
@@ -23,7 +24,7 @@ HUB_OPTIONS = ("hub_dataset", "hub_config", "hub_split", "text_column")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is particular to one dataset. Its name is its folder's."""
+    """What is particular to one dataset. It is named as the folder that it is written to."""
 
     folder: Path
     about: str
@@ -81,7 +82,13 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
     add("--vocab_size", metavar="N", type=int, help=f"entries of a trained BPE (default: {GPT2_VOCAB_SIZE})")
     held_out = "share of documents that is held out (default: %(default)s)"
     add("--val_fraction", metavar="F", type=float, default=recipe.val_fraction, help=held_out)
-    add("--out_dir", metavar="DIR", type=Path, default=recipe.folder, help="default: the folder of this script")
+    add(
+        "--out_dir",
+        metavar="DIR",
+        type=typed_path,
+        default=recipe.folder,
+        help="default: the folder of this script",
+    )
     return parser.parse_args(arguments)
 
 
@@ -90,7 +97,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> None:
     started = time.monotonic()
     source, reason, offline = choose_source(recipe, args)
     print(f"source     {source.description}\n           ({reason})", flush=True)
-    name = f"{recipe.folder.name}-synthetic" if source.synthetic else recipe.folder.name
+    name = args.out_dir.resolve().name + "-synthetic" * source.synthetic
     tokenizer, reason = choose_tokenizer(args.tokenizer, args.vocab_size, download=not offline)
     print(f"tokenizer  {tokenizer.name if tokenizer else 'BPE of this corpus'} ({reason})", flush=True)
     documents = iter(source.documents)
@@ -108,7 +115,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> None:
         val_fraction=args.val_fraction,
         total_hint=source.total_bytes,
     )
-    print(summary(args.out_dir, meta, time.monotonic() - started))
+    print(summary(args.out_dir, meta, time.monotonic() - started, args.vocab_size))
 
 
 # ---- source
@@ -206,7 +213,7 @@ def train_tokenizer(
 # ---- summary
 
 
-def summary(directory: Path, meta: dict, seconds: float) -> str:
+def summary(directory: Path, meta: dict, seconds: float, vocab_size: int | None = None) -> str:
     """What a dataset is, for people."""
     made_up = " (SYNTHETIC: made up by a program)" if meta["synthetic"] else ""
     lines = [f"dataset    {meta['name']}{made_up}; licence: {meta['licence']}"]
@@ -217,6 +224,8 @@ def summary(directory: Path, meta: dict, seconds: float) -> str:
             f"  {split:<8} {counts['documents']:>11,} documents {counts['tokens']:>14,} tokens of {ratio:.2f} bytes"
         )
     vocabulary = f"{meta['tokenizer']['name']} with {meta['vocab_size']:,} entries, ids as {meta['dtype']}"
+    if vocab_size and meta["vocab_size"] < vocab_size:
+        vocabulary += f"; the text has no more pairs for the {vocab_size:,} asked for"
     sizes = ", ".join(f"{file} {(directory / file).stat().st_size / 1e6:,.2f} MB" for file in FILES)
     return "\n".join(
         [*lines, f"tokens     {vocabulary}", f"files      {directory}: {sizes}", f"time       {seconds:.1f} s"]

@@ -51,7 +51,7 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
         raise ValueError("--source files needs --files PATH ...")
     if split not in (None, *UNITS):
         raise ValueError(f"--split {split} must be one of {', '.join(UNITS)}")
-    paths = find_files(patterns)
+    paths, others = find_files(patterns)
     text = [path for path in paths if ending(path) in TEXT]
     if split and not text:
         raise ValueError(f"--split {split} is for text files; in {paths[0]} every row is a document")
@@ -59,21 +59,25 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
         raise ValueError(f"--text_column {text_column} is for .jsonl and .parquet; {paths[0]} has no columns")
     split = split or ("file" if len(text) > 1 else "block")
     plain = all(path.suffix.lower() not in (".gz", ".parquet") for path in paths)
+    more = f" and {len(patterns) - 3} more" if patterns[3:] else ""
+    kinds = ", ".join(sorted({path.suffix or path.name for path in others})[:9])
+    left_out = f", {len(others):,} of other kinds left out: {kinds}" if others else ""
     return Source(
         documents=(document for path in paths for document in read_file(path, split, text_column)),
-        description=f"files: {', '.join(patterns[:3])}" + (f" and {len(patterns) - 3} more" if patterns[3:] else ""),
+        description=f"files: {', '.join(patterns[:3])}{more} ({len(paths):,} read{left_out})",
         licence="not stated: the user's own files",
         total_bytes=sum(path.stat().st_size for path in paths) if plain else None,
     )
 
 
-def find_files(patterns: list[str]) -> list[Path]:
-    """The files that `patterns` name, each once, in sorted order. Raises for a pattern that names none we can read."""
+def find_files(patterns: list[str]) -> tuple[list[Path], set[Path]]:
+    """The files that `patterns` name, each once, in sorted order, and those among them that are of no kind we can read.
+    Raises for a pattern that names none we can."""
     readable = " ".join(TEXT + RECORDS)
-    found = {}
+    found, others = {}, set()
     for pattern in patterns:
-        path = Path(pattern)
-        named = [path] if path.exists() else map(Path, glob.glob(pattern, recursive=True))
+        path = Path(pattern).expanduser()
+        named = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         matches = [match for match in (path.rglob("*") if path.is_dir() else named) if match.is_file()]
         if not matches:
             raise FileNotFoundError(f"{pattern}: no such file, no match, or an empty folder")
@@ -81,7 +85,8 @@ def find_files(patterns: list[str]) -> list[Path]:
         if not known:
             raise ValueError(f"{pattern} cannot be read: of files, those count whose names end in {readable}")
         found |= {match.resolve(): match for match in known}
-    return sorted(found.values())
+        others |= set(matches) - set(known)
+    return sorted(found.values()), others
 
 
 def ending(path: Path) -> str | None:
@@ -176,6 +181,8 @@ def _encoding_error(path: Path) -> str:
     """Say where the first byte is that is not UTF-8; a text stream itself knows only the place within its buffer."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open_bytes(path) as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return f"{path} is UTF-16: convert it (iconv -f utf-16 -t utf-8, say) or leave it out"
         while data := file.read(1 << 20):
             carried = len(decoder.getstate()[0])  # bytes of a character that began in the previous data
             try:

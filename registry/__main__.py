@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
+import script
 from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from registry.specs import PartType
 
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parts.add_argument("--type", metavar="TYPE", help=f"only {', '.join(kind.value for kind in PartType)}")
     compare.add_argument("a", metavar="A", help=what)
     compare.add_argument("b", metavar="B", help="the other one")
-    compare.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the two side by side")
+    compare.add_argument("--plot", type=script.typed_path, metavar="FILE.png", help="draw the two side by side")
     add_memory(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -110,6 +110,7 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
 
 
 if __name__ == "__main__":
+    script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
 from registry import memory, names, parts, resolve
@@ -140,4 +141,5 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    script.ready()
     sys.exit(main(ARGUMENTS))

@@ -119,6 +119,8 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
         ("preset=smal", "did you mean small?"),
         ("bias=1", "bias=1 must be true or false"),
+        ("dataset=", "dataset needs a value"),
+        ("init_from=", "init_from needs a value"),
         ("nofile.py", "nofile.py: no such configuration file"),
         ("=3", "there is no setting ''"),
     ],

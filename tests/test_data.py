@@ -777,6 +777,7 @@ BAD_FILES = {
         b"a\n" * 9000 + b"caf\xe9 au lait",
         "latin.txt is not UTF-8: byte 0xe9 at offset 18003; convert",
     ),
+    "wide.txt": ("text".encode("utf-16"), "wide.txt is UTF-16: convert it"),
     "half.txt": (b"\xc3", "half.txt is not UTF-8: it ends in the middle of a character"),
     "seam.txt": (b"x" * (2**20 - 1) + b"\xc3\xa9\xff", "seam.txt is not UTF-8: byte 0xff at offset 1048577;"),
     "cut.txt.gz": (gzip.compress(b"text" * 99)[:20], "cut.txt.gz is damaged, or not gzip"),
@@ -1027,18 +1028,34 @@ def test_a_script_makes_a_dataset_of_files(dataset, papers, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     opened = load_dataset(tmp_path / "out")
-    assert (opened.name, opened.vocab_size, opened.meta["synthetic"]) == (dataset, 300, False)
+    assert (opened.name, opened.vocab_size, opened.meta["synthetic"]) == ("out", 300, False)
+    assert opened.meta["tokenizer"]["name"] == "out-bpe" and "(1 read)" in opened.meta["source"]
     assert f"{opened.meta['train']['tokens']:,} tokens" in run.stdout and "(--files is given)" in run.stdout
     assert Tokenizer.load(opened.tokenizer_path).decode(opened.val[:5]).startswith("Paper")
 
 
 def test_the_stand_in_is_called_synthetic_everywhere(written, tmp_path):
-    run = prepare("tinystories", "--out_dir", tmp_path, "--num_samples", 60, "--tokenizer", written / "tokenizer.json")
+    run = prepare(
+        "tinystories", "--out_dir", tmp_path / "stories", "--num_samples", 60, "--tokenizer", written / "tokenizer.json"
+    )
     assert run.returncode == 0, run.stderr
-    opened = load_dataset(tmp_path)
-    assert opened.name == "tinystories-synthetic" and opened.meta["synthetic"] and "SYNTHETIC" in opened.meta["source"]
+    opened = load_dataset(tmp_path / "stories")
+    assert opened.name == "stories-synthetic" and opened.meta["synthetic"] and "SYNTHETIC" in opened.meta["source"]
     assert opened.meta["train"]["documents"] + opened.meta["val"]["documents"] == 60
     assert run.stdout.count("SYNTHETIC") == 2 and "because the hub did not give roneneldan/TinyStories" in run.stdout
+
+
+def test_what_is_left_out_is_told_and_a_tilde_is_the_home(papers, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "papers.txt").write_bytes(papers.read_bytes())
+    for name in ("b.pdf", "c.csv", "LICENSE"):
+        (tmp_path / "mine" / name).touch()
+    run = prepare("scientific", "--files", "~/mine", "--out_dir=~/own", "--vocab_size", 40_000)
+    assert run.returncode == 0, run.stderr
+    assert "(1 read, 3 of other kinds left out: .csv, .pdf, LICENSE)" in run.stdout
+    assert "the text has no more pairs for the 40,000 asked for" in run.stdout
+    assert load_dataset(tmp_path / "own").name == "own"
 
 
 def test_a_tokenizer_can_be_taken_over(papers, written, bpe, tmp_path):

@@ -184,6 +184,27 @@ def test_a_list_matches_the_ends_of_paths_and_a_string_is_a_regular_expression_f
 @pytest.mark.parametrize(
     ("targets", "leaves"),
     [
+        (r"(?!.*\.mlp\.).*_proj", "q k v o"),
+        (r"(?!.*/mlp/).*_proj", "q k v o"),
+        (r"(?!.*q_proj).*(self_attn|attn).*", "k v o"),
+        (r"(?!.*self_attn).*layers.*", "gate up down"),
+        (r"(?!.*q_einsum).*/attn/.*", "k v o"),
+        (r"(?!.*einsum).*layers.*", "gate up down"),
+        (r".*\.attn\..*", "q k v o"),
+        (".*q_einsum|.*o_proj", "q o"),
+    ],
+)
+def test_an_expression_that_excludes_sees_no_other_spelling_of_a_path(targets, leaves):
+    assert {path.split(".")[-1] for path in apply_lora(llama(), LoRAConfig(targets=targets)).matched} == {
+        f"{leaf}_proj" for leaf in leaves.split()
+    }
+    with pytest.raises(ValueError, match="match no layer"):
+        apply_lora(llama(), LoRAConfig(targets=r"[^.]*_proj"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves"),
+    [
         (".*q_einsum|.*kv_einsum|.*gate_proj", {"q_proj", "k_proj", "v_proj", "gate_proj"}),
         (".*/attn/q_einsum", {"q_proj"}),
         (".*/attn/kv_einsum", {"k_proj", "v_proj"}),

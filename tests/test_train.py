@@ -154,6 +154,37 @@ def test_text_that_stdout_cannot_write_ends_no_program(dataset, tmp_path, script
     assert done.returncode == 0 and "prompt: ?" in done.stdout, done.stderr
 
 
+def test_a_signal_ends_an_evaluation_and_the_run_goes_on_exactly(dataset, tmp_path, script, monkeypatch):
+    settings = (*QUICK, "max_iters=6", "eval_interval=3", "eval_iters=4", "dropout=0.1")
+    run, stop = trainer(dataset, tmp_path / "stopped", *settings), train.StopSignal()
+    progress, seen = run.log.progress, []
+
+    def until_the_second_evaluation(line: str) -> None:
+        seen.append(line)
+        stop.number = signal.SIGTERM * (run.iter_num == 3 and line.startswith("evaluating val 1/"))
+        progress(line)
+
+    monkeypatch.setattr(run.log, "progress", until_the_second_evaluation)
+    assert run.run(stop) == signal.SIGTERM and "evaluating val 1/4" in seen[-1]
+    assert (run.saved_at, run.evaluated_at) == (3, 0) and run.raw_model.training
+    assert script("train.py", "init_from=resume", f"out_dir={tmp_path / 'stopped'}").returncode == 0
+    trainer(dataset, tmp_path / "whole", *settings).run(train.StopSignal())
+    assert differences(state(tmp_path / "stopped"), state(tmp_path / "whole")) == []
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(dataset, tmp_path):
+    arguments = command("train.py", f"dataset={dataset}", *QUICK, f"out_dir={tmp_path / 'x'}")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 60
+    while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode in (-signal.SIGINT, 130) and b"Traceback" not in output
+
+
 def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
     settings = (f"dataset={dataset}", *QUICK, "max_iters=100000", "eval_interval=100000")
     process = subprocess.Popen(command("train.py", *settings, f"out_dir={tmp_path / 'a'}"), stdout=subprocess.PIPE)
@@ -635,6 +666,14 @@ def test_resume_refuses_another_architecture_and_warns_of_other_changes(finished
     done = script(*resume, "max_iters=5", "learning_rate=0.002")
     assert done.returncode == 0, done.stderr
     assert "learning_rate was 0.01 in the saved run and is 0.002 now" in done.stdout
+
+
+def test_resume_refuses_fewer_steps_than_there_were(finished, script):
+    before = (finished / "last" / "state.pt").read_bytes()
+    refused(
+        script("train.py", "init_from=resume", f"out_dir={finished}", "max_iters=3"), "max_iters=3 is less than the 4"
+    )
+    assert (finished / "last" / "state.pt").read_bytes() == before
 
 
 def test_resume_refuses_other_tokens(dataset, finished, tmp_path, script):
