@@ -517,6 +517,12 @@ def test_a_model_that_no_family_has_is_not_written():
     for odd in ({"qk_norm": True, "qkv_bias": True}, {"rotary_share": 0.5, "qk_norm": True}, {"logit_softcap": 3.0}):
         with pytest.raises(ValueError, match=f"no family.* {next(iter(odd))}="):
             families.hf_config(GPTConfig(block="llama", activation="silu", bias=False, **odd))
+    # Transformers' Phi-3 counts LongRoPE's factors by width / heads.
+    config = theirs("phi3 longrope").config
+    ours = families.read_config(config.to_dict() | NO_TOKENS, "config.json")
+    narrow = {key: ours.rope_scaling[key][:2] for key in ("short_factor", "long_factor")}
+    with pytest.raises(ValueError, match="no family"):
+        families.hf_config(replace(ours, head_size=4, rotary_share=1.0, rope_scaling={**ours.rope_scaling, **narrow}))
 
 
 def test_every_preset_is_written_also_with_whole_numbers_for_fractions(tmp_path):

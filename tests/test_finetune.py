@@ -273,12 +273,14 @@ def test_tied_layers_are_adapted_only_where_that_is_allowed(dataset, tmp_path, s
     assert script("train.py", *settings, f"out_dir={base}").returncode == 0
     start = ("train.py", f"init_from={base}", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *STEPS, "lora=true")
     refused(script(*start, "lora_targets=c_attn,lm_head"), "lm_head shares its weight", "lora_untie=true")
+    idle = script(*start[:3], f"out_dir={tmp_path / 'y'}", *start[4:], "lora_targets=all", "lora_untie=true")
+    assert idle.returncode == 0 and "lora_untie=true unties nothing" in idle.stdout, idle.stderr
     done = script(*start, "lora_targets=c_attn,lm_head", "lora_untie=true", "max_iters=20")
     assert done.returncode == 0, done.stderr
     assert "LoRA rank 8 on 3 layers (2 x attn.c_attn, lm_head)" in done.stdout
     done = script("merge_lora.py", tmp_path / "x", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
-    assert "untied: lm_head no longer shares its weight" in done.stdout
+    assert "untied: lm_head no longer shares its weight" in done.stdout and "changes nothing" not in done.stdout
     before, after = (
         CheckpointManager.load_model(tmp_path / "x")[0],
         CheckpointManager.load_model(tmp_path / "merged")[0],
@@ -317,6 +319,7 @@ def test_what_is_loaded_is_the_best_and_what_goes_on_is_the_last(base, dataset, 
     assert metadata["iter_num"] == 0 and state(tmp_path / "x")["iter_num"] == 6
     assert not any(t.any() for key, t in lora.lora_state_dict(best).items() if "lora_B" in key)
     assert any(t.any() for key, t in state(tmp_path / "x")["model"].items() if "lora_B" in key)
+    assert "the adapter changes nothing" in script("merge_lora.py", tmp_path / "x", tmp_path / "m").stdout
 
 
 def test_a_base_that_was_moved_is_reported_with_path_and_hash_and_found_by_base(base, adapted, tmp_path, script):

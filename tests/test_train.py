@@ -146,8 +146,9 @@ def test_text_that_stdout_cannot_write_ends_no_program(dataset, tmp_path, script
     """Windows gives a redirected program such a stdout; a model that has learned nothing writes U+FFFD."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     out = tmp_path / "m\u00f6del"
-    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=2")
+    done = script("train.py", f"dataset={dataset}", f"out_dir={out}", *QUICK, "max_iters=2", "warmup_iters=3")
     assert done.returncode == 0 and "m?del" in done.stdout, done.stderr
+    assert "warmup_iters=3 is longer than the run" in done.stdout
     done = script("sample.py", out, "--prompt", "\u03b1", "--max_new_tokens", 5)
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
     done = script("compare.py", out, out, "--prompt", "\u03b1", "--max_tokens", 40, "--out", tmp_path / "p.png")
@@ -214,7 +215,7 @@ def test_best_only_falls_and_ckpt_holds_it_while_last_goes_on(dataset, tmp_path,
     losses = iter([3.0, 2.0, 2.5, 1.5, 4.0, 1.7])
     weights = {}
 
-    def scripted(self):
+    def scripted(self, stop):
         loss = next(losses)
         weights[loss] = self.raw_model.lm_head.weight.detach().clone()
         return {"train_loss": loss, "val_loss": loss}
