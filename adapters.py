@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import files
 import lora
+import lora_layers
 from families import fused_layers
 from hub import raw_bytes, write_tensors
 from model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -174,7 +175,7 @@ def _layers(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The layers that an adapter in a file can be for: those here, or several that are one elsewhere, by its path."""
     fused = fused_layers(model)
     parts = {path for paths in fused.values() for path in paths}
-    single = {path: [layer] for path, layer in lora.adaptable(model).items() if path not in parts}
+    single = {path: [layer] for path, layer in lora_layers.adaptable(model).items() if path not in parts}
     return single | {path: [model.get_submodule(part) for part in paths] for path, paths in fused.items()}
 
 
@@ -325,7 +326,7 @@ def _parts(
     problems += [f"{path} has only its lora_{next(iter(pair))}" for path, pair in sides.items() if len(pair) < 2]
     if settings.get("layers_to_transform") in (None, []):
         wanted, unwanted = (
-            {path for found in lora.matches(model, settings[key], layers).values() for path in found}
+            {path for found in lora_layers.matches(model, settings[key], layers).values() for path in found}
             for key in ("target_modules", "exclude_modules")
         )
         problems += [f"{path} is targeted and has no tensors" for path in sorted(wanted - unwanted - sides.keys())]

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, dataclass, replace
 from functools import cache
@@ -23,21 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_config import ALL, ALL_LINEAR, LoRAConfig, is_number, nearest
+from lora_config import LoRAConfig, is_number, nearest
+from lora_layers import adaptable, features, is_quantised, plan_of, ties_of
 from words import first_few
 
 DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
-
-GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gemma's own code
-    "self_attn": "attn",
-    "q_proj": "q_einsum",
-    "k_proj": "kv_einsum",
-    "v_proj": "kv_einsum",
-    "o_proj": "attn_vec_einsum",
-}
-
-# These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
-BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Adapter(nn.Module):
@@ -155,121 +145,6 @@ def adapters_of(model: nn.Module, name: str | None) -> dict[str, Adapter]:
     return adapters
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a layer that LoRA can adapt, None of any other module."""
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
-        return None  # it is computed anew each time, as by torch.nn.utils.parametrizations, and no delta would stay
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, nn.Embedding):
-        # A subclass with a forward of its own scales or shifts what it looks up, and a delta would miss that.
-        plain = getattr(module, "plain_class", type(module)).forward is nn.Embedding.forward
-        return (module.num_embeddings, module.embedding_dim) if plain and module.max_norm is None else None
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
-        return weight.size(0), weight.size(1)  # Transformers' Conv1D: a linear layer that stores (in, out)
-    return None
-
-
-def _is_quantised(weight: Tensor) -> bool:
-    """Whole numbers, or those of 8 bits, which mean nothing without a scale that lies elsewhere."""
-    return not weight.is_floating_point() or weight.itemsize == 1
-
-
-def _ties(model: nn.Module) -> dict[str, list[str]]:
-    """For each module that shares its weight with others, their paths."""
-    owners = defaultdict(list)
-    for path, module in model.named_modules():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            owners[weight].append(path)
-    return {path: [p for p in paths if p != path] for paths in owners.values() for path in paths if len(paths) > 1}
-
-
-def _not_linear(model: nn.Module) -> set[str]:
-    """The layers that all-linear leaves out: embeddings and the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()  # Transformers' models know theirs
-    layers = adaptable(model).items()
-    aside = {path for path, layer in layers if isinstance(layer, nn.Embedding) or layer is head}
-    return aside | {path for path, _ in layers if path.split(".")[-1] == "lm_head"}
-
-
-def _positions(model: nn.Module) -> set[str]:
-    """The embeddings of a language model that are not its tokens', such as GPT-2's of positions."""
-    tokens = getattr(model, "get_input_embeddings", lambda: getattr(model, "embedding", None))()
-    embeddings = {path for path, layer in adaptable(model).items() if isinstance(layer, nn.Embedding)}
-    return {path for path in embeddings if model.get_submodule(path) is not tokens} if tokens is not None else set()
-
-
-def _selection(names: str | Collection[str]) -> dict[str, str]:
-    """The entries of `targets` or `exclude`, each with the regular expression that it stands for."""
-    if isinstance(names, str):
-        return {names: names}
-    return {name: rf"(.*[./])?{re.escape(name)}" for name in names}
-
-
-def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """{entry: paths} for {entry: regular expression}.
-
-    A path is spelled as the entry spells it, and in no other way: an expression that says what a path must not hold
-    would match the spelling that holds it under another name.
-    """
-    found, paths = {}, list(paths)
-    for entry, regex in entries.items():
-        ours = any(name in entry for name in GEMMA_NAMES)
-        gemmas = "einsum" in entry or (not ours and re.search(r"\battn\b", entry))
-        spelled = {path: [path] * (ours or not gemmas) for path in paths}
-        for path in paths if gemmas else ():
-            spelled[path].append(".".join(GEMMA_NAMES.get(part, part) for part in path.split(".")))
-        between = "/" if "/" in entry else "."
-        found[entry] = [
-            path
-            for path, names in spelled.items()
-            if any(re.fullmatch(regex, name.replace(".", between)) for name in names)
-        ]
-    return found
-
-
-def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can have adapters, by path."""
-    bypassed = {child for module in model.modules() if isinstance(module, BYPASSING) for child in module.children()}
-    return {path: m for path, m in model.named_modules() if m not in bypassed and _features(m)}
-
-
-def matches(
-    model: nn.Module, names: str | Collection[str], layers: Collection[str] | None = None
-) -> dict[str, list[str]]:
-    """{entry: paths of the layers that it selects} for `targets` or `exclude` as LoRAConfig takes them; `layers` are
-    the paths to choose from, by default of all that LoRA can adapt."""
-    layers = adaptable(model) if layers is None else layers
-    if names in (ALL, ALL_LINEAR):
-        aside = _ties(model).keys() | _positions(model) if names == ALL else _not_linear(model)
-        return {names: [path for path in layers if path not in aside]}
-    return _find(_selection(names), layers)
-
-
-def _plan(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
-    """{path: (rank, alpha)} of the layers to adapt. Raises ValueError for everything named that finds nothing."""
-    layers, targets, exclude = adaptable(model), matches(model, config.targets), matches(model, config.exclude)
-    wanted, unwanted = ({path for paths in found.values() for path in paths} for found in (targets, exclude))
-    paths = [path for path in layers if path in wanted - unwanted]
-    ranks, alphas = (
-        _find({key: rf"(.*[./])?({key})" for key in pattern}, paths)
-        for pattern in (config.rank_pattern, config.alpha_pattern)
-    )
-    settings = {"targets": targets, "exclude": exclude, "rank_pattern": ranks, "alpha_pattern": alphas}
-    missed = [(name, entry) for name, found in settings.items() for entry, matched in found.items() if not matched]
-    if missed:
-        words = (f"{name} entry {entry!r} (nearest: {nearest(entry, layers)})" for name, entry in missed)
-        hint = "a list matches the ends of paths, a string is one regular expression for the whole of them"
-        raise ValueError("these match no layer that LoRA can adapt: " + ", ".join(words) + "; " + hint)
-    if not paths:
-        raise ValueError(f"exclude={config.exclude!r} leaves none of the {len(wanted)} layers that targets match")
-    # The first key that matches counts: going backwards, it comes last.
-    rank = {path: config.rank_pattern[key] for key in reversed(ranks) for path in ranks[key]}
-    alpha = {path: config.alpha_pattern[key] for key in reversed(alphas) for path in alphas[key]}
-    return {path: (rank.get(path, config.rank), alpha.get(path, config.alpha)) for path in paths}
-
-
 @dataclass(frozen=True)
 class LoRAReport:
     matched: tuple[str, ...]  # paths of the adapted layers
@@ -300,12 +175,12 @@ def add_adapter(
     model: nn.Module, adapter: str, config: LoRAConfig, *, dtype: torch.dtype | None = None, untie: bool = False
 ) -> LoRAReport:
     """As `apply_lora`, beside the adapters that are there, on their layers or others. `set_active` turns to it."""
-    plan = _plan(model, config)
+    plan = plan_of(model, config)
     _check_room(model, adapter, plan, untie)
     parts = {}
     for path, (rank, alpha) in plan.items():
         layer = model.get_submodule(path)
-        weight, (n_in, n_out) = layer.weight, _features(layer)
+        weight, (n_in, n_out) = layer.weight, features(layer)
         # Drawn in the default dtype and then cast, so that a seed gives the same numbers in every dtype.
         A, B = torch.zeros(rank, n_in, device=weight.device), torch.zeros(n_out, rank, device=weight.device)
         if isinstance(layer, nn.Embedding):
@@ -335,7 +210,7 @@ def install(
     layers, active = adaptable(model), active_adapter(model)
     for path, (A, B, alpha) in parts.items():
         layer, weight = layers[path], layers[path].weight
-        to = dtype or (A.dtype if _is_quantised(weight) else weight.dtype)
+        to = dtype or (A.dtype if is_quantised(weight) else weight.dtype)
         A, B = (tensor.to(weight.device, to) for tensor in (A, B))
         _hang(layer, adapter, kind_of(layer)(A, B, alpha, use_rslora, dropout))
     if active is None:
@@ -351,9 +226,9 @@ def check_fit(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor, float]
     for path, (A, B, _) in parts.items():
         if path not in layers:
             problems.append(f"there is no layer {path} (nearest: {nearest(path, layers)})")
-        elif (A.size(1), B.size(0)) != _features(layers[path]) or A.size(0) != B.size(1):
+        elif (A.size(1), B.size(0)) != features(layers[path]) or A.size(0) != B.size(1):
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-            problems.append(f"{path} is (in, out) = {_features(layers[path])}, which {shapes} do not fit")
+            problems.append(f"{path} is (in, out) = {features(layers[path])}, which {shapes} do not fit")
     raise_some("the adapter is not for this model", problems)
 
 
@@ -364,7 +239,7 @@ def _check_room(model: nn.Module, name: str, paths: Iterable[str], untie: bool) 
         raise ValueError(
             f"an adapter cannot be called {name!r}: it needs letters, digits, - and _, and a name not in use"
         )
-    ties = _ties(model)
+    ties = ties_of(model)
     tied = [f"{path} shares its weight with {' and '.join(ties[path])}" for path in paths if path in ties]
     if tied and not untie:
         raise ValueError(f"{'; '.join(tied)}: merging would untie them. Leave them out, or allow it with untie=True")
@@ -385,7 +260,7 @@ def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def frozen_weights(model: nn.Module) -> list[tuple[nn.Parameter, nn.Module, str]]:
     """What `round_frozen` rounds: (parameter, layer, name there)."""
-    ties = _ties(model)
+    ties = ties_of(model)
     return [
         (parameter, layer, name)
         for path, layer in model.named_modules()
@@ -457,7 +332,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None, dtype: torch.dtype 
     """
     if adapter is None and len(names := adapter_names(model)) > 1:
         raise ValueError(f"merging keeps one adapter and drops the others, so name it: {', '.join(names)}")
-    parts, ties = adapters_of(model, adapter), _ties(model)
+    parts, ties = adapters_of(model, adapter), ties_of(model)
     layers = {path: model.get_submodule(path) for path in parts}
     largest = lost = norm = 0.0
     for path, part in parts.items():  # everything is tried before anything is changed
@@ -483,7 +358,7 @@ def _merge(
 ) -> tuple[nn.Parameter, Tensor, Tensor]:
     """The merged weight, the delta in it, and the error of rounding their sum to `dtype` or the weight's own."""
     weight = layer.weight
-    if _is_quantised(weight):
+    if is_quantised(weight):
         raise ValueError(f"{path} is quantised ({weight.dtype}): an adapter merges into dequantised weights only")
     # Autocast and TF32 round a float32 product, and leave a float64 one alone. MPS has no float64.
     exact = torch.float32 if weight.device.type == "mps" else torch.float64

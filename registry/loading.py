@@ -17,6 +17,7 @@ from torch import nn
 
 import device as devices
 import families
+import family_tables
 from checkpoint import CheckpointManager
 from hub import read_json, stored_tensors
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
@@ -96,7 +97,7 @@ def read_arch(folder: Path, expected: str | None = None) -> str:
 
 def _arch_of(hf: Mapping[str, Any]) -> str | None:
     kind, named = hf.get("model_type"), _architecture(hf)
-    if kind in families.FAMILIES or kind == families.WRAPPER:
+    if kind in family_tables.FAMILIES or kind == family_tables.WRAPPER:
         return DECODER
     if named.endswith("EncoderModel"):
         return ENCODER

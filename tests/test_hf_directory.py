@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import families
+import family_tables
 import files
 import hugging_face
 import lora
@@ -300,7 +301,7 @@ def test_no_setting_of_a_run_changes_what_transformers_computes(tmp_path, tokeni
 
 def test_settings_and_what_transformers_knows_share_only_names_of_the_architecture():
     shared = {"vocab_size", "n_layer", "n_head", "n_embd", "tie_word_embeddings"}
-    for kind in families.FAMILIES:
+    for kind in family_tables.FAMILIES:
         known = {name for name in dir(CONFIG_MAPPING[kind]()) if not name.startswith("_")}
         settings = {hugging_face.RENAMED.get(name, name) for name in FIELDS}
         assert settings & known <= shared, kind
