@@ -12,7 +12,7 @@ COLDEST = 1e-30  # a temperature below it would divide logits to infinity, and i
 
 
 class Generation:
-    """Mixed into GPT, of which it uses config.block_size, forward, new_cache and turns_otherwise."""
+    """Mixed into GPT, of which it uses config.block_size, forward, new_cache and rope_changes."""
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
         """The prompt (B, T) with up to max_new_tokens more, (B, T + n). Keyword arguments are those of `stream`.
@@ -62,7 +62,7 @@ class Generation:
                     attention_mask = None if attention_mask is None else attention_mask[:, -limit:]
                     if cache is not None and cache.length == limit:
                         cache = None
-                    if cache is not None and self.turns_otherwise(cache.length, idx.size(1)):
+                    if cache is not None and self.rope_changes(cache.length, idx.size(1)):
                         cache.length = 0
                     unseen = idx if cache is None else idx[:, cache.length :]
                     logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)

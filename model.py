@@ -243,7 +243,7 @@ class GPT(Generation, nn.Module):
         """Of the tokens."""
         return self.transformer.wte if self.config.block == "gpt2" else self.model.embed_tokens
 
-    def give_rows(self) -> list[Tensor]:
+    def make_embedding_sparse(self) -> list[Tensor]:
         """Make the token embedding give its gradient as rows, one for each token of a batch, and return its weight; []
         where it is frozen, adapted or the head's too. The rows are for a `grad` that is a matrix already: as matrices
         they are mostly zeros, and to fill and add those takes 3 % of a step of the small preset."""
@@ -392,7 +392,7 @@ class GPT(Generation, nn.Module):
         weight = self.final_norm.weight  # as wide as activations are, whatever holds the matrices (packed.py)
         return KVCache(self.config, batch_size, weight.device, weight.dtype, length)
 
-    def turns_otherwise(self, cached: int, length: int) -> bool:
+    def rope_changes(self, cached: int, length: int) -> bool:
         """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
         scaling = self.config.rope_scaling or {}
         return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
@@ -408,7 +408,7 @@ def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:
     return x[torch.arange(x.size(0), device=x.device), last][:, None]
 
 
-class Undrawn(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Leaves tensors as `nn.init.normal_` finds them."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
@@ -418,5 +418,5 @@ class Undrawn(TorchFunctionMode):
 def on_meta(config: GPTConfig) -> GPT:
     """A GPT of shapes without numbers. Normal numbers for them, which are none, would have torch import its compiler
     first: 0.7 seconds."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), SkipInit():
         return GPT(config)

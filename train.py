@@ -123,7 +123,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.raw_model, config)
         self.dense = []  # weights whose gradients come in rows, to be added to a matrix that is there
         if device.type == "cpu" and ranks.size == 1 and config.compile == "false":
-            self.dense = self.raw_model.give_rows()
+            self.dense = self.raw_model.make_embedding_sparse()
         self._drop_gradients()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0

@@ -66,7 +66,7 @@ def _of_gpt(config: GPTConfig) -> dict[str, Any]:
     narrow = {"rope_type": "default", "rope_theta": config.rope_local_theta} if config.rope_local_theta else wide
     return values | {
         "sliding_window": config.sliding_window,
-        "layer_types": ["sliding_attention" if narrow else "full_attention" for narrow in local],
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in local],
         "rope_parameters": {"full_attention": wide, "sliding_attention": narrow},
     }
 

@@ -203,13 +203,13 @@ def join(axes: "Axes", a: ModelSpec, b: ModelSpec, result: dict[str, Any]) -> No
     ]
     rows = [{part.module_path: row for row, part in enumerate(layers_of(spec))} for spec in (a, b)]
     for key, pair in fitting:
-        ends = []
+        places = []
         for spec, name, known in ((a, pair["name_a"], rows[0]), (b, pair["name_b"], rows[1])):
             path = spec.parts[name].module_path
-            ends.append(next((row for layer, row in known.items() if path.startswith(f"{layer}.")), None))
-        if None not in ends:
+            places.append(next((row for layer, row in known.items() if path.startswith(f"{layer}.")), None))
+        if None not in places:
             shift, colour = (0.68, COLOURS["attention"]) if key.startswith("att") else (0.32, COLOURS["feed-forward"])
-            ys = [row + shift for row in ends]
+            ys = [row + shift for row in places]
             axes.plot([-GAP, GAP], ys, color=colour, linewidth=1.8, solid_capstyle="butt", zorder=1)
     count = max(len(known) for known in rows)
     step = 1 if count <= 40 else 4

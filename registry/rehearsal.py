@@ -90,7 +90,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-                continue  # rows of a gradient (GPT.give_rows) hold no more than their values, which were here before
+                continue  # rows of a gradient (make_embedding_sparse) hold only their values, which were here before
             if id(storage := tensor.untyped_storage()) not in self.numbers:
                 n = self.numbers[id(storage)] = len(self.sizes)
                 self.sizes.append(storage.nbytes())
@@ -188,7 +188,7 @@ def rehearse_step(
         model.recompute = recompute
         if cuda:
             model._fused_loss = lambda x, targets: None  # a processor's way too
-        dense = [] if cuda else model.give_rows()
+        dense = [] if cuda else model.make_embedding_sparse()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Ledger(model, batch_size * block_size) as ledger:
