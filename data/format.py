@@ -69,7 +69,7 @@ def read_meta(directory: Path) -> dict:
         if (directory / TOKENIZER).exists():
             raise ValueError(f"the preparation of {directory} was interrupted: {META} is missing{remedy}") from None
         if not remedy and not any((directory / f"{split}.bin").exists() for split in SPLITS):
-            raise FileNotFoundError(f"{directory} is no dataset: it has neither {META} nor train.bin") from None
+            raise FileNotFoundError(f"{directory} is no dataset: {META} and train.bin are missing") from None
         return {}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error}){remedy}") from None
