@@ -670,7 +670,7 @@ def test_every_name_of_a_dtype_is_known_and_no_other():
         assert all(loading.resolve_dtype(name) is dtype for name in [*spellings.split(), dtype])
     assert loading.resolve_dtype("auto") is loading.resolve_dtype(None) is None
     for wrong in ("int8", "fp8", "", torch.int8, 16, "float16 "):
-        with pytest.raises(ValueError, match="there are auto, float32, bfloat16, float16, fp16, half"):
+        with pytest.raises(ValueError, match="there are auto, fp32, bf16, fp16, float32, bfloat16, float16, half"):
             loading.resolve_dtype(wrong)
 
 
