@@ -41,7 +41,9 @@ class PlainTokenizer:
         settings = {**stored, **options}
         named = {name: settings.get(name) for name in SPECIAL}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = named.values()
+        # One that the vocabulary lacks has no id, and nothing could be filled up with it.
+        known = [x if x and self._library.token_to_id(x) is not None else None for x in named.values()]
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = known
         self.model_max_length = settings.get("model_max_length") or int(1e30)
         self.padding_side = settings.get("padding_side") or "right"
         self.truncation_side = settings.get("truncation_side") or "right"
