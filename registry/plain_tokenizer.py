@@ -74,6 +74,8 @@ class PlainTokenizer:
             self._library.no_truncation()
         encodings = self._library.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         length = max_length if padding == "max_length" else max(len(encoding) for encoding in encodings)
+        if padding and self.pad_token_id is None:
+            raise ValueError("padding needs a padding token, and the vocabulary has none of that name")
         if padding and length:
             for encoding in encodings:
                 side = padding_side or self.padding_side

@@ -786,6 +786,8 @@ def test_our_gpt_runs_without_transformers_as_with_it(models_of, tmp_path, bpe, 
         without[0].tokenize("the", stride=1)
     with pytest.raises(ValueError, match="tokenizer_kwargs: use_fast needs the package transformers"):
         load_model(folders[0], tokenizer_kwargs={"use_fast": True})
+    with pytest.raises(ValueError, match="padding needs a padding token, and the vocabulary has none of that name"):
+        loading.load_tokenizer(folders[0], pad_token="<far>")(["the", "bank the"], padding=True)
     runner = load_model(folders[0], tokenizer_kwargs={"pad_token": "<far>"})  # the vocabulary has no such token
     assert runner.notes == ["the tokenizer has no padding token, so </s> fills batches up, masked"]
     assert (
