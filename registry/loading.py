@@ -54,7 +54,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or name == "auto":
         return None
     if not isinstance(dtype, str) or ALIASES.get(name, name) not in devices.DTYPES:
-        known = ", ".join(["auto", *devices.DTYPES, *ALIASES])
+        known = ", ".join(["auto", *ALIASES])
         raise ValueError(f"dtype={dtype} is no precision of weights; there are {known}")
     return devices.DTYPES[ALIASES.get(name, name)]
 

@@ -41,7 +41,9 @@ class PlainTokenizer:
         settings = {**stored, **options}
         named = {name: settings.get(name) for name in SPECIAL}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = named.values()
+        # One that the vocabulary lacks has no id, and nothing could be filled up with it.
+        known = [x if x and self._library.token_to_id(x) is not None else None for x in named.values()]
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = known
         self.model_max_length = settings.get("model_max_length") or int(1e30)
         self.padding_side = settings.get("padding_side") or "right"
         self.truncation_side = settings.get("truncation_side") or "right"
@@ -72,6 +74,8 @@ class PlainTokenizer:
             self._library.no_truncation()
         encodings = self._library.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         length = max_length if padding == "max_length" else max(len(encoding) for encoding in encodings)
+        if padding and self.pad_token_id is None:
+            raise ValueError("padding needs a padding token, and the vocabulary has none of that name")
         if padding and length:
             for encoding in encodings:
                 side = padding_side or self.padding_side

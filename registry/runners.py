@@ -13,7 +13,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from registry.loading import DECODER, ENCODER, SEQ2SEQ
 from registry.resolve import find_model
 
 States = tuple[Tensor, ...]
-# What a tokenizer may add for people; no model takes it. token_type_ids go to those that do.
-NOT_FOR_THE_MODEL = {"offset_mapping", "special_tokens_mask", "overflow_to_sample_mapping", "length", "token_type_ids"}
+# What a tokenizer may add for people; no model takes it.
+NOT_FOR_THE_MODEL = {"offset_mapping", "special_tokens_mask", "overflow_to_sample_mapping", "length"}
 NARROW = ("t5", "mt5", "umt5")  # trained in bfloat16: their activations are beyond what float16 holds
 
 
@@ -71,7 +71,7 @@ class BaseModelRunner(ABC):
     """
 
     arch: str
-    takes = ("input_ids", "attention_mask")  # keys of a batch
+    takes = ("input_ids", "attention_mask", "token_type_ids")  # keys of a batch
 
     def __init__(
         self,
@@ -134,15 +134,18 @@ class BaseModelRunner(ABC):
         tokenizer, reason = self.tokenizer, None
         if tokenizer.pad_token is None:
             reason = "the tokenizer has no padding token"
-        elif tokenizer.pad_token_id >= self._embedding.num_embeddings:
+        elif tokenizer.pad_token_id >= self._known_ids:
             reason = f"the model does not know the tokenizer's padding token {tokenizer.pad_token}"
         if reason:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
             self.notes.append(f"{reason}, so {tokenizer.pad_token} fills batches up, masked")
 
     @property
-    def _embedding(self) -> nn.Embedding:
-        return self.model.embedding if isinstance(self.model, GPT) else self.model.get_input_embeddings()
+    def _known_ids(self) -> int:
+        table = self.model.embedding if isinstance(self.model, GPT) else self.model.get_input_embeddings()
+        if not hasattr(table, "num_embeddings"):  # Perceiver's layers have no states of tokens either
+            raise ValueError(f"{type(self.model).__name__} has no embedding of tokens, which a runner needs")
+        return table.num_embeddings
 
     def _longest(self) -> int | None:
         """The most tokens that the model takes, or None where there is no limit."""
@@ -240,9 +243,15 @@ class BaseModelRunner(ABC):
                 raise ValueError(f"{key} is {tuple(tensor.shape)} where input_ids are {tuple(ids.shape)}")
         if self.limit and ids.size(1) > self.limit:
             raise ValueError(f"{ids.size(1)} tokens are more than the {self.limit} that the model takes")
-        known = self._embedding.num_embeddings
+        known = self._known_ids
         if ids.numel() and not 0 <= ids.min() <= ids.max() < known:
             raise ValueError(f"input_ids lie between {ids.min()} and {ids.max()}, and the model knows 0 to {known - 1}")
+        types = tensors.get("token_type_ids")
+        if types is not None and not types.any():
+            del tensors["token_type_ids"]  # tokenizers give zeros unasked, and GPT-2 would add the embedding of id 0
+        elif types is not None and not self._accepts("token_type_ids"):
+            name = type(self.model).__name__
+            raise ValueError(f"{name} takes no token_type_ids; tokenize(..., return_token_type_ids=False) makes none")
         return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     # ---- runs
@@ -271,13 +280,29 @@ class BaseModelRunner(ABC):
         """A batch with tokens, on the model's device, by the architecture's own way."""
 
     def _call(self, batch: Mapping[str, Any]) -> Any:
-        """Transformers' own outputs."""
-        return self.model(
-            **batch, output_hidden_states=True, output_attentions=self.capture_attentions, return_dict=True
-        )
+        """Transformers' own outputs. Raises ValueError for an id or a position beyond the model's tables."""
+        options = {"output_hidden_states": True, "output_attentions": self.capture_attentions, "return_dict": True}
+        try:
+            return self.model(**batch, **options)
+        except IndexError:  # only the model knows how many positions, types, and ids of the decoder there are
+            tensors = {key: x for key, x in batch.items() if isinstance(x, Tensor)}
+            given = ", ".join(f"{key} {tuple(x.shape)} from {x.min()} to {x.max()}" for key, x in tensors.items())
+            raise ValueError(f"{type(self.model).__name__} has no place for some of {given}") from None
 
     def _accepts(self, argument: str) -> bool:
         return argument in inspect.signature(self.model.forward).parameters
+
+    def _kept(self, states: Sequence[Tensor], layers: Sequence[int] | None, length: int) -> States:
+        """The states of these layers, cut to `length` tokens: some models fill texts up to whole blocks inside."""
+        layers = range(len(states)) if layers is None else layers
+        wrong = [layer for layer in layers if not -len(states) <= layer < len(states)]
+        if wrong:
+            raise ValueError(f"layers={list(layers)}: the model has hidden states 0 to {len(states) - 1}")
+        for i in layers:
+            if not isinstance(states[i], Tensor) or states[i].dim() != 3 or states[i].size(1) < length:
+                name = type(self.model).__name__
+                raise ValueError(f"{name} has no vector for each of {length} tokens in hidden state {i}; leave it out")
+        return tuple(states[layer][:, :length] for layer in layers)
 
     def _captured(self, **attentions: States | None) -> dict[str, States]:
         """The weights by name, if they were to be captured. Raises ValueError for a model that has none to give."""
@@ -356,13 +381,11 @@ def _without_rows(x: Tensor) -> Tensor:
     return x[:0] if x.dim() == 2 and x.is_floating_point() else x[:0, ..., :0, :0] if x.dim() == 4 else x[:0, :0]
 
 
-def _kept(states: Sequence[Tensor], layers: Sequence[int] | None) -> States:
-    if layers is None:
-        return tuple(states)
-    wrong = [layer for layer in layers if not -len(states) <= layer < len(states)]
-    if wrong:
-        raise ValueError(f"layers={list(layers)}: the model has hidden states 0 to {len(states) - 1}")
-    return tuple(states[layer] for layer in layers)
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """States or logits (B, T, .), or attentions (B, H, T, T), with their tokens in another order (B, T)."""
+    if x.dim() == 4:
+        return x.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None, :], 3)
+    return x.take_along_dim(order[:, :, None], 1) if x.dim() == 3 else x  # (B, .): of whole texts
 
 
 class EncoderModelRunner(BaseModelRunner):
@@ -372,18 +395,16 @@ class EncoderModelRunner(BaseModelRunner):
     """
 
     arch = ENCODER
-    takes = ("input_ids", "attention_mask", "token_type_ids")
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
-        taken = {key: value for key, value in batch.items() if key != "token_type_ids" or self._accepts(key)}
-        found = self._call(taken)
+        found = self._call(batch)
         extra = self._captured(attentions=getattr(found, "attentions", None))
         pooled = getattr(found, "pooler_output", None)
         return ModelOutputs(
             batch["input_ids"],
             batch["attention_mask"],
             getattr(found, "logits", None) if logits else None,
-            _kept(found.hidden_states, layers),
+            self._kept(found.hidden_states, layers, batch["input_ids"].size(1)),
             None,
             extra | ({} if pooled is None else {"pooler_output": pooled}),
         )
@@ -399,6 +420,13 @@ class DecoderModelRunner(BaseModelRunner):
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        order = (mask == 0).int().argsort(dim=1, stable=True)  # (B, T), padding to the right
+        if not isinstance(self.model, GPT) and (order.diff(dim=1) < 0).any():
+            # There each model counts positions as it was trained to (RoBERTa from its padding_idx on), and those that
+            # know no mask are right too: none sees what is to its right.
+            outputs = self._run({key: x.gather(1, order) for key, x in batch.items()}, layers, logits)
+            back = order.argsort(dim=1)
+            return replace(outputs.map(lambda x: _in_order(x, back)), input_ids=ids, attention_mask=mask)
         if isinstance(self.model, GPT):
             states: list[Tensor] = []
             weights: list[Tensor] | None = [] if self.capture_attentions else None
@@ -406,38 +434,39 @@ class DecoderModelRunner(BaseModelRunner):
             # forward projects the last position only, or computes a loss too, which would need the memory twice.
             found = self.model.project(states[-1]) if logits else None
         else:
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._accepts("position_ids") else {}
             few = {"logits_to_keep": 1} if not logits and self._accepts("logits_to_keep") else {}
-            outputs = self._call({"input_ids": ids, "attention_mask": mask, **positions, **few, "use_cache": False})
+            outputs = self._call({**batch, **few, "use_cache": False})
             states, weights = outputs.hidden_states, getattr(outputs, "attentions", None)
             found = getattr(outputs, "logits", None) if logits else None
-        return ModelOutputs(ids, mask, found, None, _kept(states, layers), self._captured(attentions=weights))
+        states, extra = self._kept(states, layers, ids.size(1)), self._captured(attentions=weights)
+        return ModelOutputs(ids, mask, found, None, states, extra)
 
 
 class Seq2SeqModelRunner(BaseModelRunner):
     """Encoder-decoder models. Logits and the decoder's states are (B, U, .) for U decoder tokens.
 
-    The decoder reads decoder_input_ids if the batch has them, else labels (or targets) shifted right behind the start
-    token, else the start token alone: nothing is generated unasked. tokenize(texts, text_target=texts) makes labels.
+    The decoder reads decoder_input_ids if the batch has them, else labels (or targets) shifted right as for the model's
+    loss, else the start token alone: nothing is generated unasked. tokenize(texts, text_target=texts) makes labels.
     extra: decoder_input_ids, and encoder_attentions, decoder_attentions and cross_attentions.
     """
 
     arch = SEQ2SEQ
-    takes = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "targets")
+    takes = (*BaseModelRunner.takes, "decoder_input_ids", "decoder_attention_mask", "labels", "targets")
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
         decoder = {"decoder_input_ids": self._decoder_input_ids(batch)}
         if "decoder_attention_mask" in batch:
             decoder["decoder_attention_mask"] = batch["decoder_attention_mask"]
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        found = self._call({"input_ids": ids, "attention_mask": mask, **decoder, "use_cache": False})
+        encoder = {key: batch[key] for key in BaseModelRunner.takes if key in batch}
+        found = self._call({**encoder, **decoder, "use_cache": False})
         names = ("encoder_attentions", "decoder_attentions", "cross_attentions")
         return ModelOutputs(
             ids,
             mask,
             getattr(found, "logits", None) if logits else None,
-            _kept(found.encoder_hidden_states, layers),
-            _kept(found.decoder_hidden_states, layers),
+            self._kept(found.encoder_hidden_states, layers, ids.size(1)),
+            self._kept(found.decoder_hidden_states, layers, decoder["decoder_input_ids"].size(1)),
             decoder | self._captured(**{name: getattr(found, name, None) for name in names}),
         )
 
@@ -447,6 +476,16 @@ class Seq2SeqModelRunner(BaseModelRunner):
             raise ValueError(f"a batch has one of {', '.join(given)}: each says what the decoder reads")
         if given == ["decoder_input_ids"]:
             return batch["decoder_input_ids"]
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)  # mBART starts from the last label
+        if given and shift and batch[given[0]].numel():
+            labels = batch[given[0]].cpu()  # on a GPU an index out of range would end the process
+            try:
+                return shift(labels.masked_fill(labels < 0, -100)).to(self.device)  # a copy: FSMT's changes it
+            except RuntimeError:
+                name = type(self.model).__name__
+                raise ValueError(f"{name} starts from a text's last label, and one of {len(labels)} has none") from None
+            except (AssertionError, AttributeError, TypeError, ValueError):
+                pass  # config.json names no start or no padding
         config, rows = self.model.config, len(batch["input_ids"])
         ids = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
         start = next((i for i in ids if i is not None), None)

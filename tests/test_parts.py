@@ -320,6 +320,15 @@ def test_a_configuration_that_says_nothing_or_something_wrong_of_the_heads_does_
     assert (part.head_dim, part.extra_info["num_kv_heads"]) == (10, 1)
 
 
+def test_a_decoders_heads_are_its_own_where_the_encoder_has_others():
+    sizes = {"vocab_size": 61, "d_model": 24, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    found = decompose(transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)), "").parts
+    for name, heads in {"encoder_attention_0": 4, "decoder_attention_0": 2, "decoder_cross_attention_0": 2}.items():
+        part = found[name]
+        assert (part.num_heads, part.head_dim, part.extra_info["num_kv_heads"]) == (heads, 24 // heads, heads)
+
+
 def test_a_list_of_experts_as_older_versions_have_it_gives_one_part_each():
     class Expert(nn.Module):
         def __init__(self):

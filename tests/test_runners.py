@@ -42,6 +42,10 @@ NEOX = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 2, "num_attenti
 NEOX |= {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
 NEO = {"vocab_size": V, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "max_position_embeddings": 64}
 NEO |= {"attention_types": [[["global", "local"], 1]], "bos_token_id": None, "eos_token_id": None}
+BART = {"vocab_size": V, "d_model": 24, "encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 32}
+BART |= {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+BART |= {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2, "decoder_start_token_id": 3}
+RWKV = {"vocab_size": V, "hidden_size": 24, "num_hidden_layers": 2, "context_length": 32}
 ALL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "cls_token": "<s>", "mask_token": "<mask>"}
 
 
@@ -167,6 +171,67 @@ def test_a_decoder_gives_transformers_numbers_wherever_the_padding_is(models_of,
     close(alone.logits[0], found.logits[1][real[1]])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("Roberta", ENCODER | {"pad_token_id": 0, "is_decoder": True}), ("Bart", BART), ("Rwkv", RWKV)],
+)
+def test_a_decoder_that_counts_otherwise_or_takes_no_positions_gives_what_each_text_does_alone(
+    tmp_path, side, kind, settings
+):
+    reference = random(kind, settings, "ForCausalLM")
+    weighs = kind != "Rwkv"
+    folder = write(tmp_path, reference)
+    runner = load_model(folder, capture_attentions=weighs, tokenizer_kwargs={"padding_side": side})
+    assert isinstance(runner, DecoderModelRunner)
+    batch = runner.tokenize(TEXTS)
+    found, short = runner.forward(batch), runner.forward(batch, layers=[-1], logits=False)
+    assert torch.equal(found.input_ids, batch["input_ids"])
+    assert torch.equal(found.attention_mask, batch["attention_mask"])
+    for row, text in enumerate(TEXTS):
+        real = batch["attention_mask"][row].bool()
+        with torch.no_grad():
+            alone = reference(
+                runner.tokenize(text)["input_ids"], output_hidden_states=True, output_attentions=weighs, use_cache=False
+            )
+        close(found.logits[row][real], alone.logits[0])
+        all_close([x[row][real] for x in found.decoder_hidden_states], [x[0] for x in alone.hidden_states])
+        close(short.decoder_hidden_states[0][row][real], alone.hidden_states[-1][0])
+        if weighs:
+            weights = [x[row][:, real][:, :, real] for x in found.extra["attentions"]]
+            all_close(weights, [x[0] for x in alone.attentions])
+
+
+def test_types_of_tokens_go_to_the_models_that_take_them_and_others_refuse_all_but_zeros(models_of, tmp_path):
+    ids, types = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1]])
+    mask = (ids != 0).long()
+    xlnet = {"vocab_size": V, "d_model": 24, "n_layer": 2, "n_head": 3, "d_inner": 40}
+    made = {"bert": random("Bert", ENCODER | {"is_decoder": True}, "LMHeadModel")}
+    made["xlnet"] = random("XLNet", xlnet, "LMHeadModel")
+    for name, reference in made.items():
+        runner = load_model(write(tmp_path / name, reference))
+        assert isinstance(runner, DecoderModelRunner)
+        found = runner.forward({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
+        with torch.no_grad():
+            expected = reference(ids[:, 1:], token_type_ids=types[:, 1:]).logits
+        close(found.logits[:, 1:], expected)
+    write(tmp_path / "distil", random("DistilBert", {"vocab_size": V, "dim": 24, "n_heads": 3}, "ForMaskedLM"))
+    for folder in (models_of("llama")[1], models_of("mt5")[1], tmp_path / "distil"):
+        runner = load_model(folder)
+        plain = runner.forward({"input_ids": ids})
+        assert torch.equal(runner.forward({"input_ids": ids, "token_type_ids": 0 * ids}).logits, plain.logits)
+        with pytest.raises(ValueError, match=r"takes no token_type_ids; tokenize\(..., return_token_type_ids=False\)"):
+            runner.forward({"input_ids": ids, "token_type_ids": types})
+
+
+def test_zeros_for_types_of_tokens_are_what_no_types_are(tmp_path):
+    reference = random("GPTNeo", NEO, "ForCausalLM")  # it adds the embedding of id 0 for them
+    ids = torch.tensor([[5, 6, 7]])
+    found = load_model(write(tmp_path, reference)).forward({"input_ids": ids, "token_type_ids": 0 * ids})
+    with torch.no_grad():
+        close(found.logits, reference(ids).logits)
+
+
 def test_seq2seq_gives_both_stacks_and_all_three_attentions(models_of):
     reference, folder = models_of("mt5")
     runner = load_model(folder, capture_attentions=True)
@@ -200,6 +265,75 @@ def test_seq2seq_gives_both_stacks_and_all_three_attentions(models_of):
     start = runner.forward(inputs)
     assert start.logits.shape == (3, 1, V) and start.extra["decoder_input_ids"].tolist() == [[0]] * 3
     close(start.logits, found.logits[:, :1])
+
+
+SEQ2SEQ = {"T5": (T5, "ForConditionalGeneration"), "Marian": (BART, "MTModel")}
+SEQ2SEQ |= {kind: (BART, "ForConditionalGeneration") for kind in ("Bart", "MBart", "PLBart", "M2M100", "Pegasus")}
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_labels_are_shifted_as_each_models_own_loss_does_it(tmp_path, kind):
+    folder = write(tmp_path, random(kind, *SEQ2SEQ[kind]))
+    reference = getattr(transformers, kind + SEQ2SEQ[kind][1]).from_pretrained(folder)  # Marian's positions are unsaved
+    runner = load_model(folder)
+    batch = runner.tokenize(TEXTS)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for nothing in (0, -100):
+        labels = torch.tensor(
+            [[7, 8, 2, 11], [9, 2, 12, nothing], [10, 13, nothing, nothing]]
+        )  # a language's code ends
+        given = labels.clone()
+        found = runner.forward({"input_ids": ids, "attention_mask": mask, "labels": given})
+        assert torch.equal(given, labels)
+        with torch.no_grad():
+            close(found.logits, reference(ids, attention_mask=mask, labels=labels).logits)
+    starts = found.extra["decoder_input_ids"][:, 0].tolist()
+    assert starts == ([11, 12, 13] if kind in ("MBart", "PLBart") else [reference.config.decoder_start_token_id] * 3)
+    if kind == "MBart":
+        with pytest.raises(ValueError, match=r"MBart.* starts from a text's last label, and one of 3 has none"):
+            runner.forward({"input_ids": ids, "labels": 0 * labels})
+
+
+def test_a_decoder_whose_start_nobody_names_starts_from_the_first_token_that_is_named(tmp_path):
+    reference = random("T5", {key: x for key, x in T5.items() if key != "decoder_start_token_id"}, SEQ2SEQ["T5"][1])
+    found = load_model(write(tmp_path, reference)).forward(
+        {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[7, 8]])}
+    )
+    assert found.extra["decoder_input_ids"].tolist() == [[0, 7]]
+
+
+def test_states_of_what_a_model_fills_up_inside_are_left_out(tmp_path):
+    bird = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1, "max_position_embeddings": 128}
+    reformer = {"vocab_size": V, "hidden_size": 24, "num_attention_heads": 3, "attention_head_size": 8}
+    reformer |= {"attn_layers": ["local", "local"], "local_attn_chunk_length": 4, "max_position_embeddings": 128}
+    reformer |= {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [8, 16], "is_decoder": True, "pad_token_id": 0}
+    made = {"bird": random("BigBird", ENCODER | bird, "ForMaskedLM")}
+    made["reformer"] = random("Reformer", reformer, "ModelWithLMHead")
+    ids = torch.randint(5, V, (2, 71))
+    for name, reference in made.items():
+        found = load_model(write(tmp_path / name, reference)).forward({"input_ids": ids})
+        with torch.no_grad():
+            expected = reference(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        assert expected.hidden_states[1].size(1) > 71
+        all_close(found.encoder_hidden_states, [state[:, :71] for state in expected.hidden_states])
+        close(found.logits, expected.logits)
+
+
+def test_a_model_without_one_state_for_each_token_is_refused(tmp_path):
+    pegasus = load_model(write(tmp_path / "pegasus", random("PegasusX", BART, "ForConditionalGeneration")))
+    ids = torch.tensor([[5, 6, 7]])
+    assert pegasus.forward({"input_ids": ids}, layers=[0]).encoder_hidden_states[0].shape == (1, 3, 24)
+    funnel = {"vocab_size": V, "block_sizes": [1, 1], "d_model": 24, "n_head": 3, "d_head": 8, "d_inner": 40}
+    shrinking = load_model(write(tmp_path / "funnel", random("Funnel", funnel | {"num_decoder_layers": 1}, "Model")))
+    for runner, layer in ((pegasus, 1), (shrinking, 2)):
+        name = type(runner.model).__name__
+        with pytest.raises(ValueError, match=f"{name} has no vector for each of 3 tokens in hidden state {layer}"):
+            runner.forward({"input_ids": ids})
+    latent = {"vocab_size": V, "d_model": 24, "num_latents": 12, "d_latents": 24, "num_self_attends_per_block": 1}
+    latent |= {"num_self_attention_heads": 3, "num_cross_attention_heads": 3, "max_position_embeddings": 32}
+    perceiver = write(tmp_path / "perceiver", random("Perceiver", latent, "ForMaskedLM"))
+    with pytest.raises(ValueError, match="PerceiverForMaskedLM has no embedding of tokens"):
+        load_model(perceiver)
 
 
 def test_attentions_are_left_out_unless_they_are_asked_for(models_of):
@@ -392,6 +526,21 @@ def test_a_batch_that_does_not_fit_is_refused_before_the_model_runs(models_of, b
     for name in ("bert", "llama"):
         with pytest.raises(ValueError, match=words):
             load_model(models_of(name)[1]).forward(batch)
+
+
+def test_what_only_the_model_can_tell_does_not_fit_is_refused_with_its_sizes(models_of, tmp_path):
+    bart = load_model(write(tmp_path, random("Bart", BART, "ForConditionalGeneration")))
+    bert = load_model(models_of("bert")[1])
+    ids, long, far = torch.tensor([[5, 6]]), torch.full((1, 40), 7), torch.tensor([[5, 200, 8]])
+    for runner, key, value, words in (
+        (bart, "labels", long, r"decoder_input_ids \(1, 40\) from 3 to 7"),
+        (bart, "decoder_input_ids", long, r"decoder_input_ids \(1, 40\) from 7 to 7"),
+        (bart, "labels", far, r"input_ids \(1, 2\) from 5 to 6, .*, decoder_input_ids \(1, 3\) from 3 to 200"),
+        (bart, "decoder_input_ids", far, r"decoder_input_ids \(1, 3\) from 5 to 200"),
+        (bert, "token_type_ids", torch.tensor([[0, 5]]), r"token_type_ids \(1, 2\) from 0 to 5"),
+    ):
+        with pytest.raises(ValueError, match=f"{type(runner.model).__name__} has no place for some of .*{words}"):
+            runner.forward({"input_ids": ids, key: value})
 
 
 # ---- outputs, batches, life
@@ -637,6 +786,14 @@ def test_our_gpt_runs_without_transformers_as_with_it(models_of, tmp_path, bpe, 
         without[0].tokenize("the", stride=1)
     with pytest.raises(ValueError, match="tokenizer_kwargs: use_fast needs the package transformers"):
         load_model(folders[0], tokenizer_kwargs={"use_fast": True})
+    with pytest.raises(ValueError, match="padding needs a padding token, and the vocabulary has none of that name"):
+        loading.load_tokenizer(folders[0], pad_token="<far>")(["the", "bank the"], padding=True)
+    runner = load_model(folders[0], tokenizer_kwargs={"pad_token": "<far>"})  # the vocabulary has no such token
+    assert runner.notes == ["the tokenizer has no padding token, so </s> fills batches up, masked"]
+    assert (
+        runner.tokenize(texts)["attention_mask"].sum(1).tolist()
+        == with_it[0].tokenize(texts, max_length=None)["attention_mask"].sum(1).tolist()
+    )
 
 
 def test_our_gpt_runs_where_transformers_cannot_be_imported_and_others_say_what_to_install(models_of):
@@ -670,7 +827,7 @@ def test_every_name_of_a_dtype_is_known_and_no_other():
         assert all(loading.resolve_dtype(name) is dtype for name in [*spellings.split(), dtype])
     assert loading.resolve_dtype("auto") is loading.resolve_dtype(None) is None
     for wrong in ("int8", "fp8", "", torch.int8, 16, "float16 "):
-        with pytest.raises(ValueError, match="there are auto, float32, bfloat16, float16, fp16, half"):
+        with pytest.raises(ValueError, match="there are auto, fp32, bf16, fp16, float32, bfloat16, float16, half"):
             loading.resolve_dtype(wrong)
 
 
