@@ -672,7 +672,7 @@ def test_resume_refuses_another_architecture_and_warns_of_other_changes(finished
 def test_resume_refuses_fewer_steps_than_there_were(finished, script):
     before = (finished / "last" / "state.pt").read_bytes()
     refused(
-        script("train.py", "init_from=resume", f"out_dir={finished}", "max_iters=3"), "max_iters=3 is less than the 4"
+        script("train.py", "init_from=resume", f"out_dir={finished}", "max_iters=3"), "max_iters=3 is less than the"
     )
     assert (finished / "last" / "state.pt").read_bytes() == before
 
