@@ -8,7 +8,7 @@ from pathlib import Path
 def begin() -> None:
     """Before the imports that take a second: Ctrl-C ends the program without a traceback. And text of a model that
     stdout cannot encode, where that is not UTF-8, is shown as question marks instead of ending it."""
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor where there is none
         sys.stdout.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
