@@ -28,9 +28,11 @@ class LoRAConfig:
     `targets` and `exclude` select layers. A list matches whole paths or their dotted ends: `c_proj` is every
     `...attn.c_proj` and every `...mlp.c_proj`. A string is one regular expression that must match the whole path, with
     `.` or `/` between its parts: `.*/attn/c_(attn|proj)`. Gemma's q_einsum, kv_einsum and attn_vec_einsum find q_proj,
-    k_proj with v_proj, and o_proj; an expression sees a path in the spelling that it uses itself. "all-linear" is every linear layer except the output head: adapting them all matters
-    more than the rank does (QLoRA, arXiv 2305.14314, section 4). "all" is these, the token embedding and the output
-    head, for text whose words the model does not know; layers that share their weight are left out.
+    k_proj with v_proj, and o_proj; an expression sees a path in the spelling that it uses itself.
+
+    "all-linear" is every linear layer except the output head: adapting them all matters more than the rank does (QLoRA,
+    arXiv 2305.14314, section 4). "all" is these, the token embedding and the output head, for text whose words the
+    model does not know; layers that share their weight are left out.
 
     The patterns give some layers another rank or alpha. As in PEFT, their keys are regular expressions for the end of
     a path, and the first key that matches counts.
