@@ -199,15 +199,16 @@ def _fingerprint(about: dict[str, Any], of: str) -> str | None:
 
 def _kept_though_torn(directory: Path) -> str:
     """Why a torn directory is not to be deleted: its weights are whole, or not all that is in it is a run's."""
-    with contextlib.suppress(ValueError):  # of a marker that is none
+    try:
         marker = files.read_marker(directory)
-        listed = (marker or {"files": {}})["files"]
-        for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE):
-            path = files.find(directory, name)
-            if marker is None and path.exists():  # no save ends like that, so what it is nobody knows
-                return f"it has no {files.MARKER}, but {name} is there: delete it by hand"
-            if name in listed and path.is_file() and path.stat().st_size == listed[name].get("size"):
-                return f"it is torn, but its {name} is whole"
+    except ValueError:  # it is none
+        marker = None
+    for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE):
+        path = files.find(directory, name)
+        if marker is None and path.exists():  # no save ends like that, so what it is nobody knows
+            return f"no {files.MARKER} says whether its {name} is whole: delete it by hand"
+        if marker and path.is_file() and path.stat().st_size == marker["files"].get(name, {}).get("size"):
+            return f"it is torn, but its {name} is whole"
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         shard = re.fullmatch(r"last/shard-\d+\.safetensors", name)

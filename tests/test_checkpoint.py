@@ -539,6 +539,7 @@ def test_prune_keeps_torn_directories_of_which_something_can_be_used(tmp_path, s
         (tmp_path / name / file).parent.mkdir(exist_ok=True)
         (tmp_path / name / file).write_text("x")
         (tmp_path / name / "model_args.json").write_text("{}")
+    (tmp_path / "c" / "export_meta.json").write_text("{")
     for name, file in (("notes", "my notes.txt"), ("log", "training_log.txt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "training_log.txt").write_text("x")
