@@ -12,7 +12,6 @@ are gathered and reported together, each with its source and the nearest valid n
 
 import ast
 import difflib
-import math
 import re
 import runpy
 import sys
@@ -423,7 +422,7 @@ def _typed(key: str, value: Any) -> Any:
                 f"{key}={value} must be one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
             )
         return value
-    number = type(value) in (int, float) and abs(value) < math.inf
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if (
         (kind is bool and isinstance(value, bool))
         or (kind is float and number)

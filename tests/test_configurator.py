@@ -111,6 +111,7 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("max_iters={[]}", "max_iters='{[]}' must be a whole number"),
         ("seed=" + "9" * 30, "must be a whole number"),
         ("seed=" + "9" * 400, "must be a whole number"),
+        ("learning_rate=" + "9" * 400, "must be a number"),
         ("learning_rate=-1", "learning_rate=-1.0 must be above 0"),
         ("dropout=1", "dropout=1.0 must be at least 0 and below 1"),
         ("beta2=1", "beta2=1.0"),
