@@ -89,6 +89,8 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"checkpoint.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -214,7 +216,7 @@ class CheckpointManager:
         if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
         read = partial(_load_weights, directory, name, base, device, mapped)
-        (model, checkpoint), marker = _of_one_save(directory, read)
+        (model, checkpoint), marker = files.of_one_save(directory, read)
         if apply_lora:
             settings = dict(lora_config or {})
             untie = settings.pop("untie", False)
@@ -246,11 +248,11 @@ class CheckpointManager:
 
         def read(marker: dict[str, Any] | None) -> dict[str, Any]:
             state = _load(directory, STATE, device, mapped=in_shares)
-            if not in_shares and SHARDS in (marker or {"files": {}})["files"]:
+            if not in_shares and SHARDS in files.listed(marker):
                 _put_together(directory, state, device)
             return state
 
-        return _of_one_save(directory, read)[0]
+        return files.of_one_save(directory, read)[0]
 
     @staticmethod
     def shards_of(directory: Path, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
@@ -340,7 +342,7 @@ class CheckpointManager:
         """Every problem of a model directory: damaged or missing files, unreadable weights, others in model.safetensors
         than in ckpt.pt. Empty when it is sound."""
         directory, _ = _locate(path)
-        before, weights = _in_force(directory), files.find(directory, HF_WEIGHTS)
+        before, weights = files.in_force(directory), files.find(directory, HF_WEIGHTS)
         if (marker := before[0]) is None:
             return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
         problems = []
@@ -357,7 +359,7 @@ class CheckpointManager:
                 problems += hugging_face.weight_problems(model, weights) if twice else []
             except (ValueError, OSError) as error:  # a LoRA directory's base may be gone
                 problems.append(str(error))
-        if problems and _in_force(directory) != before:
+        if problems and files.in_force(directory) != before:
             return CheckpointManager.verify(path, base)  # a run has saved meanwhile
         return problems
 
@@ -390,33 +392,13 @@ def _sha256(directory: Path, name: str) -> str:
     marker = files.read_marker(directory)
     if is_lora(marker):
         raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
-    if name in (marker or {"files": {}})["files"]:
+    if name in files.listed(marker):
         return marker["files"][name]["sha256"]
     digests = []
     for path in hub.weight_files(directory, name) if name in hub.WEIGHTS else [directory / name]:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _of_one_save(directory: Path, read: Callable[[dict[str, Any] | None], Any]) -> tuple[Any, dict[str, Any] | None]:
-    """(what `read` makes of the directory, the marker in force that it was given): a run may save meanwhile, and what
-    was read of two saves, or not found because it was just renamed, is read again."""
-    while True:
-        before = _in_force(directory)
-        try:
-            found = read(before[0])
-            if _in_force(directory) == before:
-                return found, before[0]
-        except (ValueError, OSError):
-            if _in_force(directory) == before:
-                raise
-
-
-def _in_force(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
-    """The marker, and where each of its files lies."""
-    marker = files.read_marker(directory)
-    return marker, [files.find(directory, name) for name in (marker or {"files": {}})["files"]]
 
 
 def _load_weights(
@@ -431,7 +413,7 @@ def _load_weights(
     if is_lora(marker):
         return _load_adapted(directory, marker, base, device, mapped)
     if name in hub.WEIGHTS:
-        ours = name in (marker or {"files": {}})["files"]
+        ours = name in files.listed(marker)
         with files.open_verified(directory, name) if ours else contextlib.nullcontext():
             model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
         return model, {"model_args": model_args(model.config)}

@@ -7,9 +7,9 @@ One file: `write_atomic`. Several that belong together, all or nothing, with a m
     3. the new files are renamed into place, PENDING becomes the marker.
 
 A stop before 2 leaves the old state and some litter; a stop after 2 leaves the new one, half of it still under its
-temporary name. Readers go through `open_verified` or `read`, which find each file under either name and write
-nothing; the next `commit` or `recover` finishes the renames. A reader that knows none of this sees whole files of
-either state.
+temporary name. Readers go through `open_verified`, `read` or, for several files, `of_one_save`, which find each file
+under either name and write nothing; the next `commit` or `recover` finishes the renames. A reader that knows none of
+this sees whole files of either state.
 """
 
 import contextlib
@@ -175,6 +175,11 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def listed(marker: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The size and sha256 of each file by its name; none where there is no marker."""
+    return marker["files"] if marker else {}
+
+
 def find(directory: Path, name: str) -> Path:
     """Where a file of the state in force lies: under its temporary name if its commit was cut short before renaming."""
     staged = staged_name(directory / name)
@@ -206,7 +211,7 @@ def open_verified(directory: Path, name: str) -> Iterator[BinaryIO]:
     """
     while True:
         marker, path = read_marker(directory), find(directory, name)
-        expected = (marker or {"files": {}})["files"].get(name)
+        expected = listed(marker).get(name)
         if expected is None:
             raise ValueError(f"{directory / MARKER} lists no {name}")
         with contextlib.ExitStack() as stack:
@@ -229,6 +234,26 @@ def _difference(file: BinaryIO, expected: dict[str, Any]) -> str | None:
         return f"{size:,} bytes where {MARKER} says {expected['size']:,}"
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     return None if digest == expected["sha256"] else f"its sha256 is {digest[:12]}..., not {expected['sha256'][:12]}..."
+
+
+def of_one_save(directory: Path, read: Callable[[dict[str, Any] | None], Any]) -> tuple[Any, dict[str, Any] | None]:
+    """(what `read` makes of the directory, the marker in force that it was given): what was read of two states, or not
+    found because it was just renamed, is read again."""
+    while True:
+        before = in_force(directory)
+        try:
+            found = read(before[0])
+            if in_force(directory) == before:
+                return found, before[0]
+        except (ValueError, OSError):
+            if in_force(directory) == before:
+                raise
+
+
+def in_force(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The marker, and where each of its files lies."""
+    marker = read_marker(directory)
+    return marker, [find(directory, name) for name in listed(marker)]
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def _kept_though_torn(directory: Path) -> str:
         path = files.find(directory, name)
         if marker is None and path.exists():  # no save ends like that, so what it is nobody knows
             return f"no {files.MARKER} says whether its {name} is whole: delete it by hand"
-        if marker and path.is_file() and path.stat().st_size == marker["files"].get(name, {}).get("size"):
+        if path.is_file() and path.stat().st_size == files.listed(marker).get(name, {}).get("size"):
             return f"it is torn, but its {name} is whole"
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
