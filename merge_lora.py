@@ -250,7 +250,7 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
             else f"{name:<10} cannot hold them"
         )
     if merge_of["largest_delta"] == 0:
-        lines.append("the adapter changes nothing: its best evaluation was the one before its first step")
+        lines.append("the adapter changes nothing: it is as it was before its first step")
     if merge_of["untied"]:
         lines.append(f"untied: {', '.join(merge_of['untied'])} no longer shares its weight")
     return "\n".join([*lines, f'try it: python sample.py {shlex.quote(str(destination))} --prompt "In this paper we"'])

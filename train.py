@@ -449,22 +449,19 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)
+        place = shlex.quote(str(trainer.directory))
         where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
         if trainer.saved_at is None:
             where = "before the first step, so there was nothing to save"
         if number:
-            resume = f"python train.py --init_from=resume --out_dir={shlex.quote(str(trainer.directory))}"
+            resume = f"python train.py --init_from=resume --out_dir={place}"
             on = "start it again as before" if trainer.saved_at is None else f"go on with: {resume}"
             trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\n{on}")
         else:
             trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
-            trainer.log.say(
-                f'try it: python sample.py {shlex.quote(str(trainer.directory))} --prompt "In this paper we"'
-            )
+            trainer.log.say(f'try it: python sample.py {place} --prompt "In this paper we"')
             if trainer.base:
-                trainer.log.say(
-                    f"make it a model of its own: python merge_lora.py {shlex.quote(str(trainer.directory))}"
-                )
+                trainer.log.say(f"make it a model of its own: python merge_lora.py {place}")
     ranks.close()
     return 128 + number if number else 0
 

@@ -133,6 +133,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(json.dumps({"error": str(error), **getattr(error, "data", {})}, indent=2))
         print(f"python -m registry {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     try:
         print(json.dumps(data, indent=2) if arguments.json else text, flush=True)
     except BrokenPipeError:  # `| head` has read enough
