@@ -221,7 +221,7 @@ def load_adapters(
     no effect here or is missing; if the adapter was trained on other weights, unless `force`; and as lora.apply_lora
     for layers with a shared weight, unless `untie`. FileNotFoundError if the folder holds no adapter.
     """
-    directory = Path(directory).expanduser()
+    directory = files.expanded(directory)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
         old = " (adapter_model.bin is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
         raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found{old}")

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import files
 import script
 from model_directory import (
     ADAPTER_CONFIG,
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
         sub = commands.add_parser(command, help=help)
         sub.add_argument(
-            "root", nargs="?", type=script.typed_path, default=Path("models"), help="folder of models (default: models)"
+            "root", nargs="?", type=files.expanded, default=Path("models"), help="folder of models (default: models)"
         )
     sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
     for command, help in (
@@ -64,12 +65,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("deploy", "copy the best weights"),
     ):
         sub = commands.add_parser(command, help=help)
-        sub.add_argument("directory", type=script.typed_path)
+        sub.add_argument("directory", type=files.expanded)
         if command == "verify":
             sub.add_argument(
-                "--base", type=script.typed_path, help="where a LoRA directory's base lies now, if it was moved"
+                "--base", type=files.expanded, help="where a LoRA directory's base lies now, if it was moved"
             )
-    sub.add_argument("destination", type=script.typed_path)
+    sub.add_argument("destination", type=files.expanded)
     return parser.parse_args(arguments)
 
 
@@ -106,7 +107,6 @@ from torch import nn
 
 import adapters
 import families
-import files
 import hub
 import hugging_face
 import lora
@@ -442,7 +442,7 @@ def _load_adapted(
 
 def _locate(path: str | Path) -> tuple[Path, str]:
     """(directory, file of weights) for a directory or a file of weights in it. Ours and nanoGPT's have a ckpt.pt."""
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     named = not path.is_dir() and (path.suffix == ".pt" or path.name in hub.WEIGHTS)
     directory, name = (path.parent, path.name) if named else (path, WEIGHTS)
     if not named and not (directory / WEIGHTS).exists() and (directory / CONFIG).exists():
@@ -502,7 +502,7 @@ def _adapter_files(model: GPT, base: str, fingerprint: str | None) -> dict[str, 
     """The active adapter for PEFT, which looks for `base` where this run did."""
     # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
-    folder = _locate(base)[0] if Path(base).expanduser().exists() else base  # which may be called by its hub id
+    folder = _locate(base)[0] if files.expanded(base).exists() else base  # which may be called by its hub id
     described = {"base": str(folder), "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import files
 import script
 from configurator import PRECISIONS, precision
 
@@ -43,11 +44,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="same seed, same continuations, those of sample.py (default 1337)")
     add(
         "--out",
-        type=script.typed_path,
+        type=files.expanded,
         metavar="FILE",
         help="the picture (default: A-vs-B.png, here, of the directories' names)",
     )
-    add("--json", type=script.typed_path, metavar="FILE", help="write all of it there too, for programs")
+    add("--json", type=files.expanded, metavar="FILE", help="write all of it there too, for programs")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     add("--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the weights (default float32)")
     add("--base", help="where the base of a LoRA directory lies now, if it was moved")
@@ -64,7 +65,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import files
 import lora
 from checkpoint import CheckpointManager
 from data.batches import sequences
@@ -208,7 +208,7 @@ def read_text(name: str, a: Side, b: Side, block_size: int, max_tokens: int) -> 
         if problems := dataset_problems(dataset.directory, block_size=1, vocab_size=side.model.config.vocab_size):
             raise ValueError(f"{side.name} cannot read {name}: {problems[0]}")
     # The folder's name, because text of one's own bears the name of the prepare.py that was given it.
-    label = Path(name).expanduser().resolve().name + (" (synthetic)" if first.meta.get("synthetic") else "")
+    label = files.expanded(name).resolve().name + (" (synthetic)" if first.meta.get("synthetic") else "")
     if shared:
         return same_blocks(label, first, a.tokenizer, block_size, max_tokens)
     return same_documents(label, (first, second), (a.tokenizer, b.tokenizer), max_tokens)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import files
 import script
 from configurator import PRECISIONS, precision
 
@@ -24,16 +25,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "directory", type=script.typed_path, help="a model directory; one with an adapter is merged on the way"
+        "directory", type=files.expanded, help="a model directory; one with an adapter is merged on the way"
     )
     parser.add_argument("--to", choices=["gguf"], required=True, help="the format")
-    parser.add_argument("--out", type=script.typed_path, help="the file (default: NAME.gguf, here)")
+    parser.add_argument("--out", type=files.expanded, help="the file (default: NAME.gguf, here)")
     parser.add_argument(
         "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the matrices (default float32)"
     )
-    parser.add_argument(
-        "--base", type=script.typed_path, help="where a LoRA directory's base lies now, if it was moved"
-    )
+    parser.add_argument("--base", type=files.expanded, help="where a LoRA directory's base lies now, if it was moved")
     return parser.parse_args(arguments)
 
 
@@ -45,7 +44,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
 from registry.resolve import folder_of

@@ -105,8 +105,14 @@ def sync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """A path that a person typed: a leading ~ is their folder. One that is nobody's, as of `~$notes.txt`, stays."""
+    return Path(os.path.expanduser(path))
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the content of `path`: afterwards it is the old or the new one, whatever happens."""
+    """Replace the content of `path`: afterwards it is the old or the new one, whatever happens. One process at a time:
+    others would write to the same temporary name."""
     stage(path, lambda file: file.write(data))
     os.replace(staged_name(path), path)
     sync_directory(path.parent)
@@ -166,7 +172,9 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
         try:
             marker = json.loads((directory / name).read_bytes())
             if isinstance(marker, dict) and isinstance(marker.get("files"), dict):
-                return marker
+                entries = marker["files"].values()
+                if all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
+                    return marker
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ValueError:

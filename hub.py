@@ -42,7 +42,7 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files
 
     With local_files_only=False what is missing there is downloaded. Raises FileNotFoundError, which says so.
     """
-    folder = Path(path_or_hub_id).expanduser()
+    folder = files.expanded(path_or_hub_id)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path_or_hub_id)):

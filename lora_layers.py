@@ -81,10 +81,11 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
     found, paths = {}, list(paths)
     for entry, regex in entries.items():
         ours = any(name in entry for name in GEMMA_NAMES)
-        gemmas = "einsum" in entry or (not ours and re.search(r"\battn\b", entry))
+        gemmas = "einsum" in entry or (not ours and re.search(r"(^|[./]|\\b)attn\b", entry))  # .*attn may end self_attn
         spelled = {path: [path] * (ours or not gemmas) for path in paths}
         for path in paths if gemmas else ():
-            spelled[path].append(".".join(GEMMA_NAMES.get(part, part) for part in path.split(".")))
+            names = GEMMA_NAMES if "self_attn" in path.split(".") else {}  # elsewhere attn is what it is called
+            spelled[path].append(".".join(names.get(part, part) for part in path.split(".")))
         between = "/" if "/" in entry else "."
         found[entry] = [
             path

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import files
 import script
 from configurator import PRECISIONS, precision
 
@@ -23,14 +24,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("directory", type=script.typed_path, help="a LoRA directory")
+    parser.add_argument("directory", type=files.expanded, help="a LoRA directory")
     parser.add_argument(
         "destination",
-        type=script.typed_path,
+        type=files.expanded,
         nargs="?",
         help="the new directory (default: beside it, ...-merged by the convention)",
     )
-    parser.add_argument("--base", type=script.typed_path, help="where the base lies now, if it was moved")
+    parser.add_argument("--base", type=files.expanded, help="where the base lies now, if it was moved")
     parser.add_argument(
         "--dtype", type=precision, choices=PRECISIONS, default="float32", help="of the new weights (default float32)"
     )
@@ -48,7 +49,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
 import lora
 from checkpoint import CheckpointManager
 from data.batches import fixed_batches, sequences
@@ -253,7 +253,8 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
         lines.append("the adapter changes nothing: it is as it was before its first step")
     if merge_of["untied"]:
         lines.append(f"untied: {', '.join(merge_of['untied'])} no longer shares its weight")
-    return "\n".join([*lines, f'try it: python sample.py {shlex.quote(str(destination))} --prompt "In this paper we"'])
+    lines.append(f'try it: python sample.py {shlex.quote(destination.as_posix())} --prompt "In this paper we"')
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

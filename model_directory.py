@@ -112,12 +112,18 @@ def models_in(root: Path) -> dict[Path, str]:
     return {path: state for path, state in found.items() if state}
 
 
-def size_on_disk(directory: Path) -> int:
-    total = 0
+def contents(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Every file's size in bytes and time of change in nanoseconds."""
+    found = {}
     for path in directory.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a save is renaming files while we look
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+            if path.is_file():
+                found[path] = path.stat().st_size, path.stat().st_mtime_ns
+    return found
+
+
+def size_on_disk(directory: Path) -> int:
+    return sum(size for size, _ in contents(directory).values())
 
 
 def list_models(root: Path) -> str:
@@ -203,22 +209,23 @@ def _kept_though_torn(directory: Path) -> str:
         marker = files.read_marker(directory)
     except ValueError:  # it is none
         marker = None
-    for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE):
-        path = files.find(directory, name)
-        if marker is None and path.exists():  # no save ends like that, so what it is nobody knows
+    names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
+    shards = [name for name in names if re.fullmatch(r"last/shard-\d+\.safetensors", name)]
+    for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE, *shards):
+        path, entry = files.find(directory, name), files.listed(marker).get(name)
+        if entry is None and path.exists():  # no save ends like that, so what it is nobody knows
             return f"no {files.MARKER} says whether its {name} is whole: delete it by hand"
-        if path.is_file() and path.stat().st_size == files.listed(marker).get(name, {}).get("size"):
+        if path.is_file() and path.stat().st_size == entry["size"]:
             return f"it is torn, but its {name} is whole"
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        shard = re.fullmatch(r"last/shard-\d+\.safetensors", name)
-        if not (name in OF_A_RUN or shard or path.suffix == files.NEW):
+    for name in names:
+        if not (name in OF_A_RUN or name in shards or name.endswith(files.NEW)):
             return f"it is torn, but {name} is no file of a run"
     return ""
 
 
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
+    seen = {path: contents(path) for path in root.glob("*/")}
     states = models_in(root)
     complete = [path for path, state in states.items() if state == "complete"]
     torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}
@@ -234,6 +241,8 @@ def prune(root: Path, yes: bool) -> str:
         size = f"{size_on_disk(path) / 1e6:,.0f} MB"
         try:
             with files.lock(path):
+                if contents(path) != seen.get(path):
+                    raise ValueError("it was written to meanwhile")
                 if yes:
                     shutil.rmtree(path)
             lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")

@@ -65,7 +65,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     dataset = find_dataset(config.dataset, ranks, stored)
     architecture = model.config if model else config.model_config(_vocab_size(config, dataset))
     name = conventional_name(architecture, config)
-    directory = Path(config.out_dir or Path("models") / str(name)).expanduser()
+    directory = files.expanded(config.out_dir or Path("models") / str(name))
     problems, notes = name_problems(directory, name, count_parameters(architecture))
     if model is not None and stored is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
         problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
@@ -115,7 +115,7 @@ def located(config: RunConfig) -> tuple[RunConfig, str]:
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if config.out_dir:
-        directory = Path(config.out_dir).expanduser()
+        directory = files.expanded(config.out_dir)
     elif config.lora:
         raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
     else:
@@ -185,7 +185,7 @@ def _raise_all(problems: list[str]) -> None:
 
 def dataset_directory(name: str) -> Path:
     """A folder under data/, or a path."""
-    path, known = Path(name).expanduser(), ROOT / "data" / name
+    path, known = files.expanded(name), ROOT / "data" / name
     return known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
 
 

@@ -11,8 +11,8 @@ import argparse
 import codecs
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+import files
 import script
 from configurator import PRECISIONS, precision
 
@@ -190,7 +190,7 @@ def read_prompt(prompt: str | None) -> str:
     if prompt is None:
         return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     if prompt.startswith("FILE:"):
-        path = Path(prompt.removeprefix("FILE:")).expanduser()
+        path = files.expanded(prompt.removeprefix("FILE:"))
         try:
             return path.read_text(encoding="utf-8-sig").rstrip("\n")
         except UnicodeDecodeError as error:

@@ -170,7 +170,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json to `path`, whole or not at all. OSError where it cannot be written."""
-        files.write_atomic(Path(path), self.to_json().encode())
+        files.write_atomic(files.expanded(path), self.to_json().encode())
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Tokenizer":
@@ -179,8 +179,9 @@ class Tokenizer:
         FileNotFoundError when there is none; ValueError when it is truncated, or a kind that cannot be decoded byte by
         byte. A file without our name in it becomes "gpt2", "bpe-<fingerprint>" or what its folder is called.
         """
+        path = files.expanded(path)
         try:
-            content = json.loads(files.read(Path(path)))
+            content = json.loads(files.read(path))
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no tokenizer at {path}") from None
         except ValueError as error:
@@ -191,7 +192,7 @@ class Tokenizer:
             raise ValueError(f"{path} is JSON, but not a tokenizer.json") from None
         except ValueError as reason:  # it is not in GPT-2's layout
             try:
-                return ForeignTokenizer(content, Path(path))
+                return ForeignTokenizer(content, path)
             except ValueError as error:
                 raise ValueError(f"{path} cannot be used: {error} (and it is not GPT-2's: {reason})") from error
 
@@ -316,7 +317,7 @@ def gpt2(ranks: str | os.PathLike | None = None, download: bool = True) -> Token
     named = ranks or os.environ.get(RANKS_VARIABLE)
     if named:
         try:
-            return Tokenizer("gpt2", _gpt2_merges(Path(named).read_bytes()))
+            return Tokenizer("gpt2", _gpt2_merges(files.expanded(named).read_bytes()))
         except (OSError, ValueError) as error:
             source = "the path given" if ranks else f"${RANKS_VARIABLE}"
             raise ValueError(f"{named} ({source}) does not give GPT-2's ranks: {_reason(error)}") from error

@@ -152,7 +152,9 @@ class Trainer:
                 stopping, _ = self._agree_on_stop(stop)
             if (save_due or stopping) and self.saved_at not in (None, self.iter_num):
                 self.save(best=False)
-            if stopping or finished:
+            if finished and self.evaluated_at == self.iter_num:  # nothing is left that a signal could stop
+                return 0
+            if stopping:
                 return stopping
             start = time.monotonic()
             if self.iter_num == self.began_at:
@@ -431,7 +433,8 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
             f"going on at iteration {trainer.iter_num:,}, learning rate {learning_rate(trainer.iter_num, config):.2e}"
         )
     if trainer.iter_num >= config.max_iters:
-        log.say(f"nothing is left to do: the run has its {config.max_iters:,} steps; a higher --max_iters goes on")
+        left = "nothing" if trainer.evaluated_at == trainer.iter_num else "only the last evaluation"
+        log.say(f"{left} is left to do: the run has its {config.max_iters:,} steps; a higher --max_iters goes on")
         return
     log.say(
         "the first save comes with the first evaluation, before the first step; "
@@ -449,7 +452,7 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)
-        place = shlex.quote(str(trainer.directory))
+        place = shlex.quote(trainer.directory.as_posix())  # a backslash would get quotes, which cmd.exe does not know
         where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
         if trainer.saved_at is None:
             where = "before the first step, so there was nothing to save"

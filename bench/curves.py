@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
 
-import script
-from files import write_atomic
+import files
 from model_directory import LOG
 
 EVALUATION = re.compile(r"^(\S+ \S+) iteration ([\d,]+): .* val loss ([\d.]+)", re.MULTILINE)
@@ -74,14 +73,14 @@ def picture(runs: list[Run]) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=script.typed_path, help="model directories")
-    parser.add_argument("--out", type=script.typed_path, help="file for the picture (PNG)")
+    parser.add_argument("runs", nargs="+", type=files.expanded, help="model directories")
+    parser.add_argument("--out", type=files.expanded, help="file for the picture (PNG)")
     arguments = parser.parse_args()
     try:
         runs = [read(directory) for directory in arguments.runs]
         print(*told(runs), sep="\n")
         if arguments.out:
-            write_atomic(arguments.out, picture(runs))
+            files.write_atomic(arguments.out, picture(runs))
         return 0
     except (ValueError, OSError) as error:
         print(f"curves.py: {error}", file=sys.stderr)

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import files
 from data.format import FILES, SPLITS
 from data.sources import UNITS, HubDataset, Source, Unreachable, from_files, from_hub
 from data.tokens import write_dataset
-from script import typed_path
+from script import forgive_stdout
 from tokenizer import Tokenizer, gpt2, train_bpe
 
 HUB_SECONDS = 2.5  # to wait for the hub; GPT-2's ranks, which may take five, are not asked for where it did not answer
@@ -36,6 +37,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     """Run a prepare.py. An error that a user can cause is one sentence and exit code 1; Ctrl-C exits with 130."""
+    forgive_stdout()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unlike the default, this removes temporary files
     try:
         prepare(recipe, parse(recipe))
@@ -85,7 +87,7 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
     add(
         "--out_dir",
         metavar="DIR",
-        type=typed_path,
+        type=files.expanded,
         default=recipe.folder,
         help="default: the folder of this script",
     )

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+import files
+
 TEXT = tuple(kind + packed for kind in (".txt", ".md", ".rst", ".tex") for packed in ("", ".gz"))
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
 UNITS = ("file", "block", "line")
@@ -76,7 +78,7 @@ def find_files(patterns: list[str]) -> tuple[list[Path], set[Path]]:
     readable = " ".join(TEXT + RECORDS)
     found, others = {}, set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = files.expanded(pattern)
         named = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         matches = [match for match in (path.rglob("*") if path.is_dir() else named) if match.is_file()]
         if not matches:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+import files
 import script
 from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
 from registry.specs import PartType
@@ -59,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parts.add_argument("--type", metavar="TYPE", help=f"only {', '.join(kind.value for kind in PartType)}")
     compare.add_argument("a", metavar="A", help=what)
     compare.add_argument("b", metavar="B", help="the other one")
-    compare.add_argument("--plot", type=script.typed_path, metavar="FILE.png", help="draw the two side by side")
+    compare.add_argument("--plot", type=files.expanded, metavar="FILE.png", help="draw the two side by side")
     add_memory(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON")

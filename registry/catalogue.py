@@ -26,7 +26,7 @@ class ModelSpec:
     name: str
     hf_id: str  # on the hub
     arch: str | None = None  # one of ARCHITECTURES; None: as its config.json says
-    dtype: str = "bf16"  # that it is run in unless another is asked for
+    dtype: str | None = "bf16"  # that it is run in unless another is asked for; None, or auto: the checkpoint's
     use_bitsandbytes: bool = False  # loaded in 8 bits by a runner
     tokenizer_kwargs: Mapping[str, Any] | None = None
 
@@ -39,7 +39,7 @@ class ModelSpec:
         if self.arch not in (None, *ARCHITECTURES):
             problems.append(f"arch={self.arch!r} must be one of {', '.join(ARCHITECTURES)}")
         known = ("auto", *ALIASES)
-        if str(self.dtype).lower().removeprefix("torch.") not in known:
+        if self.dtype is not None and str(self.dtype).lower().removeprefix("torch.") not in known:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(known)}")
         if problems:
             raise ValueError("impossible model spec: " + "; ".join(problems))

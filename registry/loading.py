@@ -18,6 +18,7 @@ from torch import nn
 import device as devices
 import families
 import family_tables
+import files
 from checkpoint import CheckpointManager
 from hub import read_json, stored_tensors
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
@@ -158,7 +159,7 @@ def load(
     Raises FileNotFoundError where there is no model; ValueError for one that does not open, would run code of its own
     without trust_remote_code, or needs a package that is not installed.
     """
-    folder, device, dtype = Path(folder).expanduser(), coerce_device(device), resolve_dtype(dtype)
+    folder, device, dtype = files.expanded(folder), coerce_device(device), resolve_dtype(dtype)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if quantization not in (None, *QUANTIZATIONS):
@@ -259,7 +260,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False, **opt
     Without that package, and with a tokenizer.json, a PlainTokenizer. Raises ValueError where there is none that opens,
     or one would run code of its own without trust_remote_code.
     """
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     if (folder / TOKENIZER).exists() and not _is_installed("transformers"):
         return PlainTokenizer(folder, **options)
     transformers = import_transformers()

@@ -65,8 +65,8 @@ NOT_REGISTERED = "One or both models not registered"  # the document's words
 
 def default_cache_dir() -> Path:
     if folder := os.environ.get(ENVIRONMENT):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanoforge" / "registry"
+        return files.expanded(folder)
+    return files.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanoforge" / "registry"
 
 
 class ModelRegistry:
@@ -77,7 +77,7 @@ class ModelRegistry:
     """
 
     def __init__(self, cache_dir: str | Path | None = None):
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_dir = default_cache_dir() if cache_dir is None else files.expanded(cache_dir)
         self.specs: dict[str, ModelSpec] = {}
         self.models: dict[str, nn.Module] = {}
         self.ignored: dict[Path, str] = {}
@@ -259,7 +259,7 @@ def load(folder: Path) -> nn.Module:
 
 def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
     """What the model in a folder, or with a name that find_model knows, is made of."""
-    folder = Path(name).expanduser()
+    folder = files.expanded(name)
     if not folder.is_dir():
         folder = find_model(str(name)).path
     spec = decompose(skeleton(folder), model_id or str(name))
@@ -278,7 +278,7 @@ def spec_of(name: str) -> ModelSpec:
 
     Nothing is written. An id whose folder has changed since is taken apart anew.
     """
-    if Path(name).expanduser().is_dir():
+    if files.expanded(name).is_dir():
         return describe_folder(name)
     spec = ModelRegistry().get_spec(name)
     if spec is None:

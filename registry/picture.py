@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import files
 from naming import size_label
 from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType
 
@@ -189,7 +190,7 @@ def heading(figure: Any, spec: ModelSpec, x: float, above: float) -> None:
     more += [f"positions {spec.extra_info['positions']}"] if spec.extra_info.get("positions") else []
     if window := spec.extra_info.get("sliding_window"):
         more.append(f"window {window:,}")
-    name = Path(spec.model_id).name if Path(spec.model_id).expanduser().is_dir() else spec.model_id
+    name = Path(spec.model_id).name if files.expanded(spec.model_id).is_dir() else spec.model_id
     name = name if len(name) <= 44 else f"...{name[-41:]}"
     figure.text(x, 1 - 0.22 * above, name, ha="center", va="center", fontsize=14, weight="bold")
     figure.text(x, 1 - 0.52 * above, ", ".join(about), ha="center", va="center", fontsize=9.5)

@@ -25,6 +25,7 @@ from importlib.util import find_spec as find_module
 from pathlib import Path
 from typing import Any
 
+import files
 import hub
 import model_directory
 from registry import catalogue
@@ -131,11 +132,11 @@ def folder_of(name: str | Path, **options: Any) -> Path:
 
     Where a path's last part alone is wrong, it stays: whoever opens it can say what lies beside.
     """
-    return _expanded(name) if is_path(name) else find_model(name, **options).path
+    return files.expanded(name) if is_path(name) else find_model(name, **options).path
 
 
 def is_path(name: str | Path) -> bool:
-    path = _expanded(name)
+    path = files.expanded(name)
     return path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
 
 
@@ -181,7 +182,7 @@ def _folders(folder: str) -> Iterator[Place]:
     for owner in OWNERS:
         variable = f"{owner}_OFFLINE_MODELS_DIR"
         if value := os.environ.get(variable):
-            path = _expanded(value)
+            path = files.expanded(value)
             missing = "" if path.is_dir() else f"{variable} is set to {path}, which is no folder"
             yield Place(f"${variable}/{folder}", path / folder, missing, binding=bool(missing))
         else:
@@ -199,7 +200,7 @@ def model_roots() -> list[Path]:
 def _own_variable(folder: str) -> Place:
     """Of two variables that are set, neither is ignored: they must agree."""
     variables = [_variable(owner, folder) for owner in OWNERS]
-    given = {variable: _expanded(value) for variable in variables if (value := os.environ.get(variable))}
+    given = {variable: files.expanded(value) for variable in variables if (value := os.environ.get(variable))}
     name = f"${' or $'.join(given or variables)}"
     if not given:
         return Place(name, refusal=NOT_SET)
@@ -242,16 +243,9 @@ def _why_not_online(local_files_only: bool) -> str:
     return ""
 
 
-def _expanded(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # there is no such user
-        return Path(path)
-
-
 def _folder(path: str | Path) -> Path:
     """The folder that a path names: itself, or that of the file of weights it is."""
-    path = _expanded(path)
+    path = files.expanded(path)
     return path.parent if path.name in (model_directory.WEIGHTS, *hub.WEIGHTS) and path.is_file() else path
 
 

@@ -30,7 +30,7 @@ STORED_DTYPES = {name: dtype for dtype, name in hub.DTYPES.items()}
 
 def skeleton(folder: str | Path) -> nn.Module:
     """The model in a folder, without numbers. Raises FileNotFoundError or ValueError where none can be told."""
-    folder = Path(folder).expanduser()
+    folder = files.expanded(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if status(folder):

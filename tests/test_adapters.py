@@ -190,6 +190,18 @@ def test_what_peft_trained_on_a_fused_layer_opens_here(targets, tmp_path):
     torch.testing.assert_close(logits(ours, x), peft(x).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]])
+@pytest.mark.parametrize("excluded", [r".*attn\.[kv]_proj", r"(?!.*(mlp|[qo]_proj)).*"])
+def test_what_peft_left_out_by_an_expression_is_left_out_here(targets, excluded, tmp_path):
+    model = untied(llama)
+    settings = {"rank": 4, "alpha": 6, "targets": targets, "exclude_modules": excluded}
+    peft = made_by_peft(model, settings, tmp_path)
+    report = load_adapters(model, tmp_path)
+    assert {path.split(".")[-1] for path in report.matched}.isdisjoint({"k_proj", "v_proj"})
+    x = tokens(3, 16)
+    torch.testing.assert_close(logits(model, x), peft(x).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_the_files_hold_what_peft_needs_and_are_readable_by_others(tmp_path):
     model = gpt2()
     apply_lora(model, LoRAConfig(rank=4, targets=["c_attn"]))

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import checkpoint
 import files
+import model_directory
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
-from model_directory import superseded
+from model_directory import prune, read_about, superseded
 from naming import ModelName, size_label
 from weights import model_args
 
@@ -554,6 +555,39 @@ def test_prune_keeps_torn_directories_of_which_something_can_be_used(tmp_path, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "notes", "others", "without-state"]
 
 
+def test_prune_keeps_the_weights_that_lie_in_shards(tmp_path):
+    shard = "last/shard-00000.safetensors"
+    save(tmp_path / "listed")
+    about = {key: value for key, value in read_about(tmp_path / "listed").items() if key != "files"}
+    files.commit(tmp_path / "listed", {shard: lambda file: file.write(b"weights")}, about)
+    for name in ("ckpt.pt", "model.safetensors", "last/state.pt"):
+        (tmp_path / "listed" / name).unlink()
+    shutil.copytree(tmp_path / "listed", tmp_path / "unlisted")
+    (tmp_path / "unlisted" / "export_meta.json").unlink()
+    said = prune(tmp_path, yes=True)
+    assert f"it is torn, but its {shard} is whole" in said and f"whether its {shard} is whole" in said
+    assert (tmp_path / "listed" / shard).exists() and (tmp_path / "unlisted" / shard).exists()
+
+
+@pytest.mark.parametrize("before", ["a log", "an older version"])
+def test_prune_keeps_what_is_saved_while_it_looks(tmp_path, monkeypatch, before):
+    path, size = tmp_path / "gpt-6K-x-pretrain", model_directory.size_on_disk
+    save(tmp_path / "gpt-6K-x-pretrain-v2")
+    if before == "a log":
+        path.mkdir()
+        (path / "training_log.txt").write_text("x")
+    else:
+        save(path)
+
+    def meanwhile(directory: Path) -> int:
+        save(path, loss=1.0)
+        return size(directory)
+
+    monkeypatch.setattr(model_directory, "size_on_disk", meanwhile)
+    assert "it was written to meanwhile" in prune(tmp_path, yes=True)
+    assert CheckpointManager.verify(path) == []
+
+
 @pytest.mark.parametrize("weights", ["ckpt.pt", "model.safetensors"])
 def test_a_log_beside_weights_makes_no_run_of_them(tmp_path, script, weights):
     saved = save(tmp_path / "ours")
@@ -590,9 +624,14 @@ def test_prune_keeps_edited_directories_better_versions_and_other_peoples(tmp_pa
 def test_a_marker_that_says_too_little_is_torn_and_breaks_no_listing(tmp_path, script):
     save(tmp_path / "good")
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "export_meta.json").write_text('{"files": {}}')
-    done = script("checkpoint.py", "list", tmp_path)
-    assert done.returncode == 0 and "torn" in done.stdout and "complete" in done.stdout
+    (tmp_path / "odd" / "ckpt.pt").write_text("x")
+    whole = read_about(tmp_path / "good")
+    for marker in ({"files": {}}, {"files": {"ckpt.pt": "abc"}}, whole | {"files": {"ckpt.pt": {"size": 3}}}):
+        (tmp_path / "odd" / "export_meta.json").write_text(json.dumps(marker))
+        done = script("checkpoint.py", "list", tmp_path)
+        assert done.returncode == 0 and "torn" in done.stdout and "complete" in done.stdout
+        done = script("checkpoint.py", "prune", tmp_path)
+        assert done.returncode == 0 and "says whether its ckpt.pt is whole" in done.stdout, done.stderr
 
 
 def test_prune_leaves_a_run_that_is_being_written_alone(tmp_path, script):

@@ -1006,10 +1006,10 @@ def test_stories_are_many_different_and_the_same_every_time():
 # ---- the scripts
 
 
-def prepare(dataset, *arguments, **environment):
+def prepare(dataset, *arguments, cwd="/", **environment):
     command = [sys.executable, str(ROOT / "data" / dataset / "prepare.py"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TIKTOKEN_CACHE_DIR": "", **environment}
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -1051,11 +1051,17 @@ def test_what_is_left_out_is_told_and_a_tilde_is_the_home(papers, tmp_path, monk
     (tmp_path / "mine" / "papers.txt").write_bytes(papers.read_bytes())
     for name in ("b.pdf", "c.csv", "LICENSE"):
         (tmp_path / "mine" / name).touch()
+    (tmp_path / "~$draft.txt").write_text("One. Two. Three.")  # of an office program, which a shell's * names as well
     run = prepare("scientific", "--files", "~/mine", "--out_dir=~/own", "--vocab_size", 40_000)
     assert run.returncode == 0, run.stderr
     assert "(1 read, 3 of other kinds left out: .csv, .pdf, LICENSE)" in run.stdout
     assert "the text has no more pairs for the 40,000 asked for" in run.stdout
     assert load_dataset(tmp_path / "own").name == "own"
+    shutil.copytree(tmp_path / "mine", tmp_path / "papéis")
+    arguments = ("--files", "~$draft.txt", "papéis", "--out_dir=órgão", "--tokenizer=~/own/tokenizer.json")
+    run = prepare("scientific", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert run.returncode == 0 and "?rg?o" in run.stdout, run.stderr
+    assert load_dataset(tmp_path / "órgão").meta["train"]["documents"]
 
 
 def test_a_tokenizer_can_be_taken_over(papers, written, bpe, tmp_path):

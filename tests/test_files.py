@@ -284,6 +284,13 @@ def test_a_directory_is_locked_for_other_processes_and_free_after_a_kill(tmp_pat
         pass
 
 
+def test_a_tilde_is_somebodys_home_or_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [str(files.expanded(path)) for path in ("~/x", Path("~"), "~$x.txt", "~no-such-user/x", "a/~", "")] == [
+        *("/home/me/x", "/home/me", "~$x.txt", "~no-such-user/x", "a/~", ".")
+    ]
+
+
 def test_writing_atomically_keeps_the_old_content_when_it_fails(tmp_path):
     path = tmp_path / "x.json"
     files.write_atomic(path, json.dumps({"a": 1}).encode())

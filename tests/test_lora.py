@@ -16,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -192,6 +194,11 @@ def test_a_list_matches_the_ends_of_paths_and_a_string_is_a_regular_expression_f
         (r"(?!.*einsum).*layers.*", "gate up down"),
         (r".*\.attn\..*", "q k v o"),
         (".*q_einsum|.*o_proj", "q o"),
+        (r".*attn\.[qv]_proj", "q v"),
+        (".*attn/(q|v)_proj", "q v"),
+        (r".*attn\.\w+_proj", "q k v o"),
+        (r".*\battn\b.*", "q k v o"),
+        (r"(?!.*attn\.).*_proj", "gate up down"),
     ],
 )
 def test_an_expression_that_excludes_sees_no_other_spelling_of_a_path(targets, leaves):
@@ -200,6 +207,14 @@ def test_an_expression_that_excludes_sees_no_other_spelling_of_a_path(targets, l
     }
     with pytest.raises(ValueError, match="match no layer"):
         apply_lora(llama(), LoRAConfig(targets=r"[^.]*_proj"))
+
+
+@pytest.mark.parametrize("attn", [r".*\.attn\.", ".*/attn/", ".*attn.", r".*\battn\."])
+def test_a_module_that_is_called_attn_keeps_its_names(attn):
+    sizes = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 24, "n_layer": 1, "n_head": 3, "rotary_dim": 4}
+    model = GPTJForCausalLM(GPTJConfig(**sizes))
+    matched = apply_lora(model, LoRAConfig(targets=f"{attn}(q|v)_proj")).matched
+    assert matched == tuple(f"transformer.h.0.attn.{name}_proj" for name in "vq")
 
 
 @pytest.mark.parametrize(

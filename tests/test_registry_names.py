@@ -709,6 +709,7 @@ def test_a_recipe_of_ones_own_is_found_listed_replaced_and_taken_out(gpt2, machi
 
 
 def test_an_impossible_recipe_is_refused_with_every_problem():
+    assert all(ModelSpec("mine", "my-lab/mine", dtype=dtype).dtype is dtype for dtype in (None, "auto", "BF16"))
     with pytest.raises(ValueError, match=r"name='a/b'.*hf_id='\.\./x'.*arch='mamba'.*dtype='bogus' must be one of"):
         ModelSpec("a/b", "../x", "mamba", "bogus")
 

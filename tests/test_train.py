@@ -174,6 +174,24 @@ def test_a_signal_ends_an_evaluation_and_the_run_goes_on_exactly(dataset, tmp_pa
     assert history(tmp_path / "stopped") == history(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("when", ["its last evaluation", "its last save"])
+def test_a_signal_at_the_very_end_stops_only_what_is_left(dataset, tmp_path, script, monkeypatch, when):
+    run, stop = trainer(dataset, tmp_path / "x", *QUICK, "max_iters=2", "eval_interval=2"), train.StopSignal()
+    name = "evaluate" if when == "its last evaluation" else "save"
+    method = getattr(run, name)
+
+    def interrupted(*arguments):
+        stop.number = signal.SIGINT * (run.iter_num == 2)
+        return method(*arguments)
+
+    monkeypatch.setattr(run, name, interrupted)
+    assert run.run(stop) == (signal.SIGINT if name == "evaluate" else 0)
+    done = script("train.py", "init_from=resume", f"out_dir={tmp_path / 'x'}")
+    left = "only the last evaluation" if name == "evaluate" else "nothing"
+    assert done.returncode == 0 and f"{left} is left to do: the run has its 2 steps" in done.stdout
+    assert state(tmp_path / "x")["evaluated_at"] == 2
+
+
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(dataset, tmp_path):
     arguments = command("train.py", f"dataset={dataset}", *QUICK, f"out_dir={tmp_path / 'x'}")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
