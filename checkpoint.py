@@ -65,12 +65,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("deploy", "copy the best weights"),
     ):
         sub = commands.add_parser(command, help=help)
-        sub.add_argument("directory", type=files.expanded)
+        sub.add_argument("directory", type=files.expanded, help="a model directory")
         if command == "verify":
             sub.add_argument(
                 "--base", type=files.expanded, help="where a LoRA directory's base lies now, if it was moved"
             )
-    sub.add_argument("destination", type=files.expanded)
+    sub.add_argument("destination", type=files.expanded, help="a new folder, or where this model was deployed before")
     return parser.parse_args(arguments)
 
 

@@ -40,8 +40,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_tokens", type=int, default=50_000, help="held-out tokens of each dataset, 0 for all (default 50000)")
     add("--prompt", action="append", default=[], help="text, or FILE:PATH; repeatable (default: from each dataset)")
     add("--max_new_tokens", type=int, default=60, help="longest continuation, tokens (default 60)")
-    add("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
-    add("--seed", type=int, default=1337, help="same seed, same continuations, those of sample.py (default 1337)")
+    add("--temperature", type=float, default=0.8, help="lower is safer, 0 is greedy (default 0.8)")
+    add("--seed", type=int, default=1337, help="same seed, same continuations (default 1337)")
     add(
         "--out",
         type=files.expanded,
@@ -305,7 +305,7 @@ def total_and_error(differences: np.ndarray, sizes: np.ndarray) -> tuple[float, 
 
 
 def continuation(side: Side, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """What sample.py writes after the prompt."""
+    """What sample.py writes after a single prompt, by weights of the same dtype."""
     tokenizer, device = side.tokenizer, side.model.lm_head.weight.device
     ids = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]], device=device)
     tokens = side.model.stream(

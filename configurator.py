@@ -12,6 +12,7 @@ are gathered and reported together, each with its source and the nearest valid n
 
 import ast
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -74,8 +75,9 @@ class RunConfig:
     out_dir: str = setting("", "model directory; empty: models/ and the name the convention gives")
     init_from: str = setting(
         "scratch",
-        "scratch, resume, or whose weights to start from: a model directory (ours, nanoGPT's, Hugging Face's), a name "
-        "that `python -m registry list` has, or a hub id; model=NAME says the same, or names a file of config/model/",
+        "scratch, resume, or whose weights to start from: a model directory (ours, nanoGPT's, Hugging Face's), a "
+        "decoder's name from `python -m registry list`, or a hub id; model=NAME says the same, or names a file of "
+        "config/model/",
     )
     local_files_only: bool = setting(True, "look for init_from on this machine; false: download what is not here")
     dataset: str = setting(
@@ -265,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, dict[str, str]
     try:
         config, sources = load(words)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # of many processes one says it
     if words != given:
         print(help_text(config))
         sys.exit()

@@ -21,7 +21,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("directory", help="model directory, a ckpt.pt, or a name that `python -m registry list` has")
+    parser.add_argument(
+        "directory", help="model directory, ckpt.pt, or a decoder's name from `python -m registry list`"
+    )
     parser.add_argument(
         "--prompt",
         action="append",
@@ -29,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts for each prompt (default 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation, tokens (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1 is bolder; 0 is greedy (default 0.8)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="lower is safer, 0 is greedy (default 0.8)")
     parser.add_argument("--top_k", type=int, help="only the k likeliest tokens (default: all)")
     parser.add_argument("--top_p", type=float, help="only the likeliest tokens that together reach p (default: all)")
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same texts (default 1337)")

@@ -398,7 +398,7 @@ def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
     compiled, why_compile = ranks.agree(pick_compile(start.config.compile, device))
     start.config = replace(start.config, dtype=dtype, compile=str(compiled).lower())
     if dtype == "float16" and ranks.mesh.tp > 1:
-        raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): bfloat16 and float32 are not")
+        raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): use bfloat16 or float32")
     places = f": mesh_shape {ranks.mesh}" if ranks.size > 1 else ""
     return Trainer(start, device, ranks), [
         f"device {device} ({torch.get_num_threads()} threads), {ranks.size} process(es){places}",

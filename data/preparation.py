@@ -66,7 +66,7 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
       for going on with a model that exists""",
     )
     auto = f"auto: files if --files is given, else hub if it answers, else {offline[0] if offline else 'an error'}"
-    several = "split of a text file into documents; blocks stand between blank lines (default: none for several files)"
+    several = "what of a text file is a document; block: between blank lines (default for one file, of several: file)"
     count = f"at most N documents, 0 for all (default: {hub.num_samples or 'all'} from the hub, all from elsewhere)"
     origin = "auto: gpt2 if its ranks can be had, else train, a BPE of this corpus; PATH: tokenizer.json or the ranks"
 
@@ -74,7 +74,7 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
     add("--source", choices=["auto", "hub", *offline, "files"], default="auto", help=auto)
     add("--files", nargs="+", metavar="PATH", help=".txt .md .rst .tex .jsonl .parquet, also .gz; folders; globs")
     add("--split", choices=UNITS, help=several)
-    add("--text_column", metavar="NAME", help="column with the text in .jsonl, .parquet, hub (default: a usual name)")
+    add("--text_column", metavar="NAME", help="of .jsonl, .parquet, hub (default: text, abstract, content or the like)")
     add("--num_samples", metavar="N", type=int, help=count)
     add("--hub_dataset", metavar="ID", help=f"default: {hub.id}")
     add("--hub_config", metavar="NAME", help="configuration of the hub dataset (default: its own default)")

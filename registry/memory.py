@@ -106,7 +106,7 @@ class Plan:
         if self.generate and self.activation_checkpointing:
             raise ValueError("activation_checkpointing is for training: text that is made has no backward pass")
         if self.dtype == "float16" and self.mesh.tp > 1 and not self.generate:
-            raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): bfloat16 and float32 are not")
+            raise ValueError("dtype=float16 is too narrow for a loss in shares (tp): use bfloat16 or float32")
         micro_batches = self.gradient_accumulation_steps * self.mesh.readers
         if problems := mesh_problems(self.mesh, self.mesh.devices, self.config, micro_batches):
             raise ValueError("; ".join(problems))

@@ -130,6 +130,14 @@ def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
     assert words in refusal(argument)
 
 
+def test_of_several_processes_one_tells_what_is_wrong(monkeypatch):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            configurator.parse(["--batchsize=4"])
+        assert "'batchsize'" in end.value.code if rank == "0" else end.value.code == 1
+
+
 def test_nothing_is_no_text(tmp_path):
     file = write(tmp_path / "c.py", 'config = {"out_dir": None, "dataset": None}')
     assert f"{file}:1: out_dir=None must be text" in refusal(file) and "dataset=None must be text" in refusal(file)
