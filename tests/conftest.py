@@ -12,6 +12,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several tests on one core wait for each other ten times as long
     os.environ["OMP_NUM_THREADS"] = "1"
+import scripts
 import torch
 
 from data.tokens import write_dataset
@@ -49,12 +50,14 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def script():
-    """Run one of the scripts: `script("train.py", "max_iters=3")` gives the finished process."""
+    """Run one of the scripts: `script("train.py", "max_iters=3")` gives the finished process. With `env` it is a new
+    one and no fork."""
 
-    def run(name, *arguments, **options):
-        return subprocess.run(
-            command(name, *arguments), **{"capture_output": True, "text": True, "timeout": 300, **options}
-        )
+    def run(name, *arguments, env=None, **options):
+        if env is None:
+            return scripts.run(ROOT / name, *map(str, arguments), **options)
+        options = {"capture_output": True, "text": True, "timeout": 300, **options}
+        return subprocess.run(command(name, *arguments), env=env, **options)
 
     return run
 

@@ -134,7 +134,7 @@ def test_only_adapters_are_trained_and_only_they_have_an_optimizer_state(base, d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_interrupted_lora_run_equals_one_that_was_not(base, other_text, tmp_path, script, dtype):
     start = (f"init_from={base}", f"dataset={other_text}", *LORA, *STEPS, f"dtype={dtype}", "dropout=0.1")
-    settings = (*start, "lora_dropout=0.2", "block_size=16", "max_iters=60", "eval_interval=7")
+    settings = (*start, "lora_dropout=0.2", "block_size=16", "max_iters=60", "eval_interval=20")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     done = script("train.py", *settings, f"out_dir={straight}")
     assert done.returncode == 0, done.stderr

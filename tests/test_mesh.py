@@ -158,9 +158,9 @@ def free_port() -> int:
 def started(processes: int, work, *arguments):
     """What `work(ranks, *arguments)` gives on rank 0 of so many processes."""
     port = free_port()
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    torch.multiprocessing.spawn(_worker, (processes, port, results, work, arguments), nprocs=processes)
+    start = {"nprocs": processes, "start_method": "forkserver"}  # as scripts.py has set it up
+    results = torch.multiprocessing.get_context("forkserver").SimpleQueue()
+    torch.multiprocessing.start_processes(_worker, (processes, port, results, work, arguments), **start)
     return results.get()
 
 
@@ -247,7 +247,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("processes", "models"),
-    [(2, SOME), (4, SOME), pytest.param(2, OTHERS, marks=SLOW), pytest.param(4, OTHERS, marks=SLOW)],
+    [(2, SOME), *(pytest.param(*more, marks=SLOW) for more in ((4, SOME), (2, OTHERS), (4, OTHERS)))],
 )
 def test_every_step_of_every_mesh_is_that_of_one_process(alone, dataset, tmp_path, processes, models):
     begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
@@ -270,6 +270,7 @@ MODES = {  # and by how much it may differ from one process in the same mode: fl
 }
 
 
+@SLOW
 def test_precisions_and_recomputing_do_in_a_mesh_what_they_do_in_one_process(dataset, tmp_path):
     begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
     cases = {
@@ -295,7 +296,7 @@ def test_recomputing_draws_the_same_dropout(dataset, tmp_path):
     assert kept == recomputed
 
 
-@pytest.mark.slow
+@SLOW
 def test_compiled_blocks_compute_the_same(alone, dataset, tmp_path):
     begin = (*STEPS, f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", "compile=true")
     cases = {(n, mesh): (*begin, *MODELS[n], f"mesh_shape={mesh}") for n in ("gpt2", "llama") for mesh in MESHES[2]}
@@ -523,7 +524,7 @@ def own_memory() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_a_base_is_never_whole_in_a_process(dataset, tmp_path):
     vocab_size = load_dataset(dataset).vocab_size
@@ -536,6 +537,7 @@ def test_a_base_is_never_whole_in_a_process(dataset, tmp_path):
             assert kept < 0.33 * size and most < 0.6 * size, (mesh, most / size, kept / size)
 
 
+@SLOW
 def test_an_adapter_saved_by_a_mesh_opens_and_goes_on_like_one_of_a_process(bases, dataset, tmp_path):
     begin = (*ADAPTED["llama"], f"init_from={bases['llama']}", f"dataset={dataset}")
     straight, out = tmp_path / "straight", tmp_path / "out"
@@ -610,6 +612,7 @@ def test_sigterm_to_one_process_stops_all_and_the_run_goes_on(dataset, tmp_path)
     assert CheckpointManager.verify(out) == [] and state(out)["seen"] > 0
 
 
+@SLOW
 def test_a_full_disk_on_one_process_stops_all_with_the_last_save_intact(dataset, tmp_path):
     out = tmp_path / "x"
     settings = (f"dataset={dataset}", f"out_dir={out}", *STEPS)
@@ -626,7 +629,7 @@ def test_a_full_disk_on_one_process_stops_all_with_the_last_save_intact(dataset,
         assert not list(out.rglob("*.nanoforge-new"))
 
 
-@pytest.mark.slow
+@SLOW
 def test_killing_one_process_at_random_moments_of_saves_never_tears_a_run(dataset, tmp_path):
     out, draw, seen = tmp_path / "x", random.Random(0), []
     begin = (f"dataset={dataset}", f"out_dir={out}", *STEPS, "max_iters=100000", "eval_interval=1", "sample_tokens=0")

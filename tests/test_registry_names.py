@@ -143,7 +143,7 @@ def test_variables_set_empty_and_pointing_nowhere(own, shared, artifacts, gpt2, 
     elif shared == "missing":
         expected = "CODEX_ML_OFFLINE_MODELS_DIR is set to"
     else:
-        expected = machine / "repository/artifacts/models/gpt2" if artifacts else "Give its folder as local_path"
+        expected = machine / "repository/artifacts/models/gpt2" if artifacts else "Give its folder in place of the name"
     if isinstance(expected, Path):
         assert find_model("gpt2-offline").path == expected
     else:
