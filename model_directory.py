@@ -225,7 +225,7 @@ def _kept_though_torn(directory: Path) -> str:
 
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
-    seen = {path: contents(path) for path in root.glob("*/")}
+    seen = {path: contents(path) for path in root.glob("*/")}  # first: what is saved from here on is not judged
     states = models_in(root)
     complete = [path for path, state in states.items() if state == "complete"]
     torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}

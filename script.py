@@ -5,7 +5,7 @@ import sys
 
 
 def begin() -> None:
-    """Before the imports that take a second: Ctrl-C ends the program without a traceback."""
+    """Before the imports that take a second: Ctrl-C ends the program without a traceback, no character does."""
     forgive_stdout()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
