@@ -6,6 +6,9 @@
 Phi 3's projections are one layer in Transformers and several here (families.fused_layers). An adapter of a GPT from
 such files is saved for that layer: the As of the parts one below the other, their Bs along a diagonal.
 
+A model with images, as Gemma 3's from 4b up, has its text model, of which alone a GPT is made, as a part: Transformers
+calls its layers by other paths, and so do these files.
+
 PEFT lets a setting that it does not know, a target that matches nothing or a tensor under another name pass with a
 warning or with none, and the model then computes something else. Here these are errors.
 """
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 import files
 import lora
 import lora_layers
-from families import fused_layers
+from families import fused_layers, has_images
 from hub import raw_bytes, write_tensors
 from model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -37,6 +40,8 @@ OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
 FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it
 RANKS = "ranks_of_parts"  # there too: {fused layer: {part: rank}}, to take it apart as it was put together
+# What stands before the paths of a text model inside another, in place of what: in Transformers, since 4.52 and before.
+INSIDE = {"model.language_model.": r"^model\.", "language_model.": "^"}
 
 # Keys of adapter_config.json that change nothing about an adapter whose tensors are there.
 NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"}
@@ -64,13 +69,15 @@ def adapter_files(
     base: str | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool | None = None,
+    inside: bool | None = None,
     fingerprint: str | None = None,
 ) -> dict[str, bytes]:
     """What `save_adapters` writes, {name: content}. `fingerprint` is what `fingerprint_of` gave, for a model of which
     the adapter alone is here.
 
     `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out` says
-    whether PEFT will meet layers that store (in, out); by default, whether these layers do.
+    whether PEFT will meet layers that store (in, out); by default, whether these layers do; `inside`, whether it will
+    meet them inside a model with images; by default, whether `base` is the folder of one.
     """
     parts = lora.adapters_of(model, adapter)
     first = next(iter(parts.values()))
@@ -79,7 +86,13 @@ def adapter_files(
     if fan_in_fan_out is None:
         fan_in_fan_out = any(hasattr(model.get_submodule(path), "nf") for path in parts)
     parts, ranks = _fuse(model, parts)
-    layers = _layers(model)
+    layers, metadata = _layers(model), {"format": "pt"} | ({RANKS: json.dumps(ranks)} if ranks else {})
+    if not any(lora_layers.is_quantised(part.weight) for path in parts for part in layers[path]):  # that is no base
+        metadata[FINGERPRINT] = fingerprint or base_fingerprint(model, parts)
+    if inside is None:
+        inside = base is not None and has_images(Path(base))
+    there = {here: path for path, here in _inside(layers, next(iter(INSIDE)) if inside else None).items()}
+    parts, layers = ({there[path]: x for path, x in of.items()} for of in (parts, layers))
     rank, alpha = (_commonest(getattr(part, name) for part in parts.values()) for name in ("rank", "alpha"))
     config = {
         "peft_type": "LORA",
@@ -97,9 +110,6 @@ def adapter_files(
         "rank_pattern": {f"^{re.escape(path)}": part.rank for path, part in parts.items() if part.rank != rank},
         "alpha_pattern": {f"^{re.escape(path)}": part.alpha for path, part in parts.items() if part.alpha != alpha},
     }
-    metadata = {"format": "pt"} | ({RANKS: json.dumps(ranks)} if ranks else {})
-    if all(part.weight.is_floating_point() for path in parts for part in layers[path]):  # a quantised base is no base
-        metadata[FINGERPRINT] = fingerprint or base_fingerprint(model, parts)
     tensors = {
         f"{PREFIX}{path}.{key}": tensor.detach()
         for path, part in parts.items()
@@ -195,15 +205,34 @@ def fingerprint_of(model: nn.Module, adapter: str | None = None) -> str:
 
 
 @torch.no_grad()
-def base_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+def base_fingerprint(model: nn.Module, paths: Iterable[str], dtype: torch.dtype | None = None) -> str:
     """sha256 of the weights that an adapter adds to, and of no others: the same for one model in float32 and bfloat16,
-    with nn.Linear and with Transformers' Conv1D, in our directories and in others."""
+    with nn.Linear and with Transformers' Conv1D, in our directories and in others. `dtype`: of weights as they would be
+    if they were rounded to it first."""
     digest, layers = hashlib.sha256(), _layers(model)
     for path in sorted(paths):
         weight = _weight(layers[path])
         digest.update(f"{path} {tuple(weight.shape)}".encode())
-        digest.update(raw_bytes(weight.to(torch.bfloat16)))
+        digest.update(raw_bytes(weight.to(dtype or weight.dtype).to(torch.bfloat16)))
     return digest.hexdigest()
+
+
+def _check_base(model: nn.Module, paths: Collection[str], fingerprint: str, source: Path) -> None:
+    """Raises ValueError for weights that are others than those an adapter was trained on, where that can be told."""
+    layers = _layers(model)
+    weights = [layer.weight for path in paths for layer in layers[path]]
+    if any(weight.is_meta or lora_layers.is_quantised(weight) for weight in weights):
+        return
+    # It may have been trained on the same weights in float16, which are rounded twice.
+    found = base_fingerprint(model, paths)
+    if fingerprint == found or fingerprint == base_fingerprint(model, paths, torch.float16):
+        return
+    half = any(weight.dtype == torch.float16 for weight in weights)
+    other = "other weights, or on these before they were rounded to float16" if half else "other weights"
+    raise ValueError(
+        f"{source} was trained on {other}: the layers it adapts had the fingerprint {fingerprint[:12]}..., and in this "
+        f"{type(model).__name__} they have {found[:12]}...; force=True loads it all the same"
+    )
 
 
 def load_adapters(
@@ -250,12 +279,8 @@ def install_adapter(
         lora.check_fit(model, parts)
     except ValueError as error:
         raise ValueError(f"{source} cannot be loaded: {error}") from None
-    comparable = fingerprint and not force and not any(weight.is_meta for weight in model.parameters())
-    if comparable and (found := base_fingerprint(model, stored)) != fingerprint:
-        raise ValueError(
-            f"{source} was trained on other weights: the layers it adapts had the fingerprint {fingerprint[:12]}..., "
-            f"and in this {type(model).__name__} they have {found[:12]}...; force=True loads it all the same"
-        )
+    if fingerprint and not force:
+        _check_base(model, stored, fingerprint, source)
     return lora.install(
         model, adapter, parts, settings["use_rslora"], settings["lora_dropout"], dtype=dtype, untie=untie
     )
@@ -310,7 +335,9 @@ def _parts(
     model: nn.Module, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{path: (A, B, alpha)}. Raises ValueError for a tensor without a place here and a targeted layer without one."""
-    layers, sides, problems = _layers(model), {}, []
+    own, sides, problems = _layers(model), {}, []
+    paths = _paths_there(own, tensors)
+    layers = {there: own[path] for there, path in paths.items()}
     for name, tensor in tensors.items():
         path, side = _place(name.removeprefix(PREFIX), layers)
         if not name.startswith(PREFIX) or side is None:
@@ -338,9 +365,22 @@ def _parts(
         )
         if pair["A"].size(0) != rank:
             problems.append(f"{path} has rank {pair['A'].size(0)} where {CONFIG} says {rank}")
-        parts[path] = pair["A"], pair["B"], alpha
+        parts[paths[path]] = pair["A"], pair["B"], alpha
     lora.raise_some("its tensors are not an adapter of this model", problems)
     return parts
+
+
+def _paths_there(layers: Collection[str], tensors: Collection[str]) -> dict[str, str]:
+    """{path in a file: path here}."""
+    used = (prefix for prefix in INSIDE if any(name.startswith(PREFIX + prefix) for name in tensors))
+    return _inside(layers, next(used, None))
+
+
+def _inside(layers: Collection[str], prefix: str | None) -> dict[str, str]:
+    """{path in a model that has this one inside: path here}; the same ones where there is none, or this is it."""
+    if prefix is None or any(path.startswith(prefix) for path in layers):
+        return {path: path for path in layers}
+    return {re.sub(INSIDE[prefix], prefix, path): path for path in layers}
 
 
 def _place(key: str, layers: dict[str, list[nn.Module]]) -> tuple[str, str | None]:

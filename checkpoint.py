@@ -179,7 +179,7 @@ class CheckpointManager:
         if adapted:
             about["adapter_parameters"] = sum(tensor.numel() for tensor in own.values())
         if best and adapted:
-            small |= _adapter_files(model, metadata["base"]["given"], fingerprint)
+            small |= _adapter_files(model, directory, metadata["base"], fingerprint)
         writers = {name: _write_bytes(data) for name, data in small.items()}
         if best and not adapted:
             writers[WEIGHTS] = lambda file: torch.save(common, file)
@@ -345,6 +345,10 @@ class CheckpointManager:
         before, weights = files.in_force(directory), files.find(directory, HF_WEIGHTS)
         if (marker := before[0]) is None:
             return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
+        try:
+            read_about(directory)
+        except ValueError as error:
+            return [str(error)]
         problems = []
         for name in marker["files"]:
             try:
@@ -498,12 +502,13 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _adapter_files(model: GPT, base: str, fingerprint: str | None) -> dict[str, bytes]:
-    """The active adapter for PEFT, which looks for `base` where this run did."""
+def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], fingerprint: str | None) -> dict[str, bytes]:
+    """The active adapter for PEFT, which looks for the base where this run did."""
     # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
-    folder = _locate(base)[0] if files.expanded(base).exists() else base  # which may be called by its hub id
-    described = {"base": str(folder), "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
+    base = reference["given"]  # which may be a hub id
+    described = {"base": str(_locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}
+    described |= {"fan_in_fan_out": transposed, "inside": families.has_images((directory / reference["path"]).parent)}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
 

@@ -316,7 +316,7 @@ def continuation(side: Side, prompt: str, max_new_tokens: int, temperature: floa
         vocab_size=tokenizer.vocab_size,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    return tokenizer.decode([token.item() for token in tokens if token.item() not in tokenizer.stops])
+    return tokenizer.decode([token.item() for token in tokens if token.item() not in tokenizer.stops], goes_on=True)
 
 
 # ---- telling

@@ -267,7 +267,8 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, dict[str, str]
     try:
         config, sources = load(words)
     except ValueError as error:
-        sys.exit(f"train.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # of many processes one says it
+        # Of several processes on a machine one says it; another machine's files may be others.
+        sys.exit(f"train.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     if words != given:
         print(help_text(config))
         sys.exit()

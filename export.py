@@ -76,7 +76,7 @@ LLAMA_FIELDS = {
     "norm_eps",
     "bias",
 }
-SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "tie_word_embeddings"}
+SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "tie_word_embeddings", "family"}
 
 
 def main(arguments: argparse.Namespace) -> int:

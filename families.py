@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import files
 from architecture import ORIGINAL
 from family_tables import ACTIVATIONS, FAMILIES, NEUTRAL, ONLY, ROPE_KEYS, ROPES, WRAPPER, Family
 from hub import Stored, find, read_json, stored_tensors
@@ -79,6 +80,11 @@ def family_of(hf: Mapping[str, Any], source: str | Path) -> tuple[Family, Mappin
         known = ", ".join([*FAMILIES, WRAPPER])
         raise ValueError(f"{source} is of model_type {kind}; those that load here are {known}")
     return FAMILIES[kind], hf
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder's model is one with images for Transformers, of which a GPT is the text model alone."""
+    return files.exists(folder / CONFIG) and read_json(folder / CONFIG).get("model_type") == WRAPPER
 
 
 def _is_odd(key: str, value: Any, family: Family) -> bool:

@@ -161,6 +161,7 @@ NEUTRAL = {  # in any family: who made a file and how, how a training starts, wh
     *("transformers.js_config", "unsloth_fixed", "unsloth_version", "predict_special_tokens", "max_sequence_length"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "initializer_range"),
     *("_attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "do_sample", "early_stopping"),
+    *("is_llama_config", "output_hidden_states", "output_attentions"),
     *("max_length", "min_length", "max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
     *("num_return_sequences", "length_penalty", "no_repeat_ngram_size"),
 }

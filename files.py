@@ -106,8 +106,14 @@ def sync_directory(path: Path) -> None:
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """A path that a person typed: a leading ~ is their folder. One that is nobody's, as of `~$notes.txt`, stays."""
-    return Path(os.path.expanduser(path))
+    """A path that a person typed: a leading ~ is their folder. One that is nobody's, as of `~$notes.txt`, stays.
+
+    Raises ValueError where nothing says which folder that is.
+    """
+    found = os.path.expanduser(path)
+    if found == "~" or found.startswith("~/"):
+        raise ValueError(f"{path}: where ~ is, nothing says (neither HOME nor the system's list of users)")
+    return Path(found)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -173,7 +179,7 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
             marker = json.loads((directory / name).read_bytes())
             if isinstance(marker, dict) and isinstance(marker.get("files"), dict):
                 entries = marker["files"].values()
-                if all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in entries):
+                if all(map(_is_entry, entries)):
                     return marker
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -181,6 +187,11 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
             pass
         raise ValueError(f"{directory / name} is damaged: it is not the JSON that a save writes")
     return None
+
+
+def _is_entry(value: Any) -> bool:
+    entry = value if isinstance(value, dict) else {}
+    return isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
 
 
 def listed(marker: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -107,11 +107,13 @@ def sample(
     """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
 
     top_k keeps the k likeliest tokens, of equally likely ones any; top_p (Holtzman et al. 2020) the smallest set whose
-    probabilities reach it. Raises ValueError for settings outside their range.
+    probabilities reach it. Raises ValueError for settings outside their range, and for logits that are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        token = logits.argmax(dim=-1)  # of numbers among which one is not finite, that
+        _check_finite(logits.gather(1, token[:, None]))
+        return token
     logits, ids = logits.float(), None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = highest(logits, top_k)  # (B, k), in descending order
@@ -124,11 +126,15 @@ def sample(
         logits = logits.masked_fill(outside, -math.inf)
     # torch.multinomial draws a number for every id, which takes longer than all of the above.
     ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64 if logits.device.type != "mps" else None)  # (B, V)
-    if not ends[:, -1].isfinite().all():
-        raise ValueError("the logits have numbers that are not finite: nothing can be drawn from them")
+    _check_finite(ends[:, -1])
     drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
     token = torch.searchsorted(ends, drawn, right=True)
     return (token if ids is None else ids.gather(1, token))[:, 0]
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise ValueError("the logits have numbers that are not finite: nothing can be drawn from them")
 
 
 def highest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
 
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+STATE_SPACE = ("x_proj", "dt_proj", "out_proj")  # nor do Mamba's layers call these, at least where they have a kernel
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -81,7 +82,8 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
     found, paths = {}, list(paths)
     for entry, regex in entries.items():
         ours = any(name in entry for name in GEMMA_NAMES)
-        gemmas = "einsum" in entry or (not ours and re.search(r"(^|[./]|\\b)attn\b", entry))  # .*attn may end self_attn
+        # A word of its own, unless what precedes it may stand for more of it: .*attn ends self_attn too.
+        gemmas = "einsum" in entry or (not ours and re.search(r"(?<![*+?}])\battn\b|\\battn\b", entry))
         spelled = {path: [path] * (ours or not gemmas) for path in paths}
         for path in paths if gemmas else ():
             names = GEMMA_NAMES if "self_attn" in path.split(".") else {}  # elsewhere attn is what it is called
@@ -97,8 +99,20 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can have adapters, by path."""
-    bypassed = {child for module in model.modules() if isinstance(module, BYPASSING) for child in module.children()}
+    bypassed = {child for module in model.modules() for child in _bypassed(module)}
     return {path: m for path, m in model.named_modules() if m not in bypassed and features(m)}
+
+
+def _bypassed(module: nn.Module) -> list[nn.Module]:
+    """The children of a module that it never calls."""
+    if isinstance(module, BYPASSING):
+        return list(module.children())
+    if hasattr(module, "A_log") and hasattr(module, "D"):  # Gu and Dao 2023 (arXiv 2312.00752) call them so
+        return [child for name, child in module.named_children() if name in STATE_SPACE]
+    shared, encoder = getattr(module, "shared", None), getattr(module, "encoder", None)
+    own = getattr(encoder, "embed_tokens", None)  # T5's: then it looks up here, and `shared` only ties the weights
+    both = isinstance(shared, nn.Embedding) and isinstance(own, nn.Embedding)
+    return [shared] if both and shared is not own and shared.weight is own.weight else []
 
 
 def matches(

@@ -75,17 +75,25 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
 def read_about(directory: Path) -> dict[str, Any] | None:
     """The marker of a model directory, or None where there is none. Raises ValueError for one that says too little."""
     marker = files.read_marker(directory)
-    missing = {"name", "parameters", "iter_num", "best_val_loss"} - set(marker or {})
+    needed = {"best_val_loss": (int, float), "iter_num": int, "name": str, "parameters": int}
+    missing = [key for key, kind in needed.items() if not isinstance((marker or {}).get(key), kind)]
+    if is_lora(marker) and not _is_reference(marker["base"]):
+        missing.append("its base")
     if marker is not None and missing:
-        raise ValueError(f"{directory / files.MARKER} is damaged: it says nothing of {', '.join(sorted(missing))}")
+        raise ValueError(f"{directory / files.MARKER} is damaged: it says nothing of {', '.join(missing)}")
     return marker
+
+
+def _is_reference(value: Any) -> bool:
+    reference = value if isinstance(value, dict) else {}
+    return all(isinstance(reference.get(key), str) for key in ("path", "sha256", "given"))
 
 
 def status(directory: Path) -> str:
     """complete, torn, foreign (a bare ckpt.pt of nanoGPT) or nothing of ours (""), judged by names and sizes."""
     while True:
         try:
-            marker = read_about(directory)
+            before, marker = files.in_force(directory), read_about(directory)
         except ValueError:
             return "torn"
         if marker is None:
@@ -94,7 +102,7 @@ def status(directory: Path) -> str:
         with contextlib.suppress(FileNotFoundError):
             if all(files.find(directory, name).stat().st_size == size for name, size in sizes.items()):
                 return "complete"
-        if files.read_marker(directory) == marker and not (directory / files.PENDING).exists():
+        if files.in_force(directory) == before:
             return "torn"  # and not merely being written while we looked
     if (directory / MODEL_ARGS).exists():
         return "torn"
@@ -116,7 +124,8 @@ def contents(directory: Path) -> dict[Path, tuple[int, int]]:
     """Every file's size in bytes and time of change in nanoseconds."""
     found = {}
     for path in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a save is renaming files while we look
+        # A save may be renaming files while we look, and a folder may be somebody else's.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if path.is_file():
                 found[path] = path.stat().st_size, path.stat().st_mtime_ns
     return found
@@ -223,23 +232,37 @@ def _kept_though_torn(directory: Path) -> str:
     return ""
 
 
+def _may_need(path: Path, base: Path) -> bool:
+    """Whether `base` is that of a LoRA directory, or may be: while it evaluates for the first time, a run has no marker
+    that says so."""
+    with contextlib.suppress(ValueError, OSError):
+        about = read_about(path)
+        if about is None:
+            with files.lock(path):
+                return False
+        # The file may be a link to elsewhere.
+        return is_lora(about) and (path / about["base"]["path"]).parent.resolve().is_relative_to(base.resolve())
+    return True  # it is being written, or nobody can read its marker
+
+
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
-    seen = {path: contents(path) for path in root.glob("*/")}  # first: what is saved from here on is not judged
+    seen = {path: contents(path) for path in models_in(root)}  # first: what is saved from here on is not judged
     states = models_in(root)
     complete = [path for path, state in states.items() if state == "complete"]
     torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}
     lines = [f"kept {path}: {why}" for path, why in torn.items() if why]
-    doomed = {path: "torn" for path, why in torn.items() if not why} | superseded(complete)
-    for path in complete:
-        if is_lora(about := read_about(path)):
-            base = (path / about["base"]["path"]).parent.resolve()  # the file may be a link to elsewhere
-            for older in [other for other in doomed if base.is_relative_to(other.resolve())]:
-                lines.append(f"kept {older}: it is the base of {path.name}")
-                del doomed[older]
+    older = superseded(complete)
+    for path in states:
+        for base in [base for base in older if base != path and _may_need(path, base)]:
+            lines.append(f"kept {base}: it is the base of {path.name}, or may be")
+            del older[base]
+    doomed = {path: "torn" for path, why in torn.items() if not why} | older
     for path, reason in doomed.items():
         size = f"{size_on_disk(path) / 1e6:,.0f} MB"
         try:
+            if not path.exists():  # a second prune was faster, and to lock it would make it anew
+                continue
             with files.lock(path):
                 if contents(path) != seen.get(path):
                     raise ValueError("it was written to meanwhile")

@@ -121,12 +121,12 @@ def show(stream: Iterator[Tensor], prompts: list[str], tokenizer: Tokenizer, sep
         tokens.append(token)
         stopped = stopped or token[0].item() in tokenizer.stops
         if not stopped:
-            print(text.decode(tokenizer.decode_bytes(token[:1].tolist())), end="", flush=True)
+            print(text.decode(tokenizer.decode_bytes(token[:1].tolist(), goes_on=True)), end="", flush=True)
     print(text.decode(b"", final=True))
     for prompt, row in zip(prompts[1:], torch.stack(tokens, dim=1)[1:].tolist(), strict=True):
         end = next((i for i, token in enumerate(row) if token in tokenizer.stops), len(row))
         print(SEPARATOR)
-        print(prompt + tokenizer.decode_bytes(row[:end]).decode("utf-8", errors="replace"))
+        print(prompt + tokenizer.decode(row[:end], goes_on=True))
 
 
 def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor | None]:

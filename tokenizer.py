@@ -139,12 +139,13 @@ class Tokenizer:
         tokenizer.add_special_tokens([EOT])
         return tokenizer
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], goes_on: bool = False) -> str:
         """The text of `ids`. Bytes that are no UTF-8, such as half a character at the end, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids, goes_on).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `ids`: a character may begin in one token and end in the next. ValueError for an unknown id."""
+    def decode_bytes(self, ids: Sequence[int], goes_on: bool = False) -> bytes:
+        """The bytes of `ids`: a character may begin in one token and end in the next. `goes_on`: other tokens of the
+        text precede them, which some tokenizers need to know for a blank. ValueError for an unknown id."""
         try:
             return self._tiktoken.decode_bytes(ids)
         except (KeyError, OverflowError):
@@ -235,7 +236,7 @@ class ForeignTokenizer(Tokenizer):
         self._prefix = np.array(whole[: len(whole) - len(bare)], dtype=np.uint32)
         # Special tokens that no text has may lie beyond the model's rows, as Gemma 3's for images do.
         ordinary = (i for i in vocabulary.values() if i not in self._special)
-        self.vocab_size = 1 + max(*ordinary, self.eot, *self._prefix.tolist())
+        self.vocab_size = 1 + max(*ordinary, *self.stops, *self._prefix.tolist())
         self._library.encode_special_tokens = True  # despite its name: takes "</s>" in a text as plain text
 
     @cached_property
@@ -256,11 +257,11 @@ class ForeignTokenizer(Tokenizer):
         encoded = self._library.encode_batch_fast(valid, add_special_tokens=False)
         return [np.concatenate([self._prefix, np.array(e.ids, dtype=np.uint32)]) for e in encoded]
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int], goes_on: bool = False) -> bytes:
         """The bytes of `ids`, special tokens left out. ValueError for an unknown id."""
-        pieces = b"".join(map(self._bytes, ids))
-        opens_text = self._strips and (not len(self._prefix) or list(ids[:1]) == self._prefix[:1].tolist())
-        return pieces.removeprefix(b" ") if opens_text else pieces
+        pieces, first = b"".join(map(self._bytes, ids)), self._prefix[:1].tolist()
+        opens_text = list(ids[:1]) == first if first else not goes_on
+        return pieces.removeprefix(b" ") if self._strips and opens_text else pieces
 
     def _bytes(self, i: int) -> bytes:
         if i in self._added:

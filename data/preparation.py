@@ -67,6 +67,7 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
     )
     auto = f"auto: files if --files is given, else hub if it answers, else {offline[0] if offline else 'an error'}"
     several = "what of a text file is a document; block: between blank lines (default for one file, of several: file)"
+    several += "; without this, blocks are joined to passages here" if "files" in recipe.reshape else ""
     count = f"at most N documents, 0 for all (default: {hub.num_samples or 'all'} from the hub, all from elsewhere)"
     origin = "auto: gpt2 if its ranks can be had, else train, a BPE of this corpus; PATH: tokenizer.json or the ranks"
 

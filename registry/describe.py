@@ -97,10 +97,11 @@ def context_of(values: Mapping[str, Any]) -> int | None:
 
 def window_of(values: Mapping[str, Any], layer: int) -> int | None:
     """How many tokens a layer's queries see, None for all."""
-    kinds = values.get("layer_types") or ()
-    if values.get("use_sliding_window") is False or (layer < len(kinds) and kinds[layer] != "sliding_attention"):
+    kinds = first_of(values, "layer_types", "attention_layers") or ()  # the second in GPT-Neo's files
+    local = layer >= len(kinds) or kinds[layer] in ("sliding_attention", "local")
+    if values.get("use_sliding_window") is False or not local:
         return None
-    return values.get("sliding_window") or None
+    return first_of(values, "sliding_window", "window_size" if "attention_layers" in values else "") or None
 
 
 def rope_of(values: Mapping[str, Any], layer: int) -> dict[str, Any] | None:
@@ -183,7 +184,9 @@ def _describe_attention(part: PartSpec, module: nn.Module, values: Mapping[str, 
         info["num_kv_heads"] = first_of(values, "num_key_value_heads", "num_kv_heads") or heads
     part.num_heads = heads
     info |= {"qk_norm": query_norm is not None, "softcap": values.get("attn_logit_softcapping")}
-    info["query_scalar"] = values.get("query_pre_attn_scalar") or part.head_dim
+    scale = getattr(module, "scaling", None)  # of the scores, as Transformers computes them
+    scalar = round(scale**-2, 6) if isinstance(scale, float) and scale > 0 else None
+    info["query_scalar"] = scalar or values.get("query_pre_attn_scalar") or part.head_dim
     info |= {"rope": rope_of(values, part.layer_idx or 0), "sliding_window": window_of(values, part.layer_idx or 0)}
 
 
@@ -196,7 +199,9 @@ def _describe_ffn(part: PartSpec, module: nn.Module, values: Mapping[str, Any]) 
     linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     info["gated"] = any(name.rpartition(".")[2] in GATED for name, _ in (*one.named_modules(), *one.named_parameters()))
     if isinstance(packed, Tensor):
-        info["num_experts"], part.output_dim, part.intermediate_dim = packed.shape
+        info["num_experts"], *sizes = packed.shape  # out and in, or in and out as gpt-oss has them
+        turned = sizes[1] == width_of(values) != sizes[0]
+        part.output_dim, part.intermediate_dim = reversed(sizes) if turned else sizes
         part.input_dim = part.output_dim
     elif down is not None and down is not module:
         part.intermediate_dim, part.output_dim = features(down)

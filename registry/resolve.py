@@ -146,7 +146,8 @@ def _remedies(name: str | Path, spec: catalogue.ModelSpec | None, local_files_on
     close = catalogue.SPECS.close_to(str(name)) if spec is None else []
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     variable = _variable(OWNERS[0], spec.folder if spec else str(name))
-    download = ", or allow the download (local_files_only=false)" if local_files_only else ""
+    flag = "local_files_only: in Python False, for train.py false"
+    download = f", or allow the download ({flag})" if local_files_only else ""
     return f"{meant}Give its folder in place of the name, or set {variable} to it{download}"
 
 

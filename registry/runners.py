@@ -25,33 +25,60 @@ from registry.loading import DECODER, ENCODER, SEQ2SEQ
 from registry.resolve import find_model
 
 
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """States or logits (B, T, .), or attentions (B, H, T, T), with their tokens in another order (B, T)."""
-    if x.dim() == 4:
-        return x.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None, :], 3)
-    return x.take_along_dim(order[:, :, None], 1) if x.dim() == 3 else x  # (B, .): of whole texts
+class Order:
+    """Moves the padding of a batch to the right, and what the model makes of it back. There each model counts positions
+    as it was trained to, and causal ones that know no mask are right too: no token sees what is to its right."""
+
+    def __init__(self, padding: Tensor):
+        """True where `padding` (B, T) is."""
+        order = padding.int().argsort(dim=1, stable=True)
+        self.there = order if (order.diff(dim=1) < 0).any() else None  # None: it is on the right
+        self.back = None if self.there is None else order.argsort(dim=1)
+
+    def apply(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: x if self.there is None else x.gather(1, self.there) for key, x in batch.items()}
+
+    def undo(self, x: Tensor) -> Tensor:
+        """States or logits (B, T, .), or attentions (B, H, T, T)."""
+        if self.back is None or x.dim() < 3:  # (B, .): of whole texts
+            return x
+        if x.dim() == 3:
+            return x.take_along_dim(self.back[:, :, None], 1)
+        x = x.take_along_dim(self.back[:, None, :, None], 2)
+        return self.undo_keys(x) if x.size(3) == x.size(2) else x  # those of a window are counted from the query
+
+    def undo_keys(self, x: Tensor) -> Tensor:
+        """Attentions (B, H, U, T) of other queries."""
+        return x if self.back is None else x.take_along_dim(self.back[:, None, None, :], 3)
+
+    def undo_all(self, outputs: ModelOutputs) -> ModelOutputs:
+        ids, mask = outputs.input_ids, outputs.attention_mask  # as they were given
+        return replace(outputs.map(self.undo), input_ids=ids, attention_mask=mask)
 
 
 class EncoderModelRunner(BaseModelRunner):
     """BERT and its relatives. extra: pooler_output where the checkpoint has a pooler and no head; attentions.
 
-    Texts are padded on the right, as their tokenizers do: most count positions from the first column, padding or not.
+    Padding may be on either side; a token inside that is masked keeps its position.
     """
 
     arch = ENCODER
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
-        found = self._call(batch)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        order = Order(mask.cumsum(dim=1) == 0)
+        found = self._call(order.apply(batch))
         extra = self._captured(attentions=getattr(found, "attentions", None))
         pooled = getattr(found, "pooler_output", None)
-        return ModelOutputs(
-            batch["input_ids"],
-            batch["attention_mask"],
+        outputs = ModelOutputs(
+            ids,
+            mask,
             getattr(found, "logits", None) if logits else None,
-            self._kept(found.hidden_states, layers, batch["input_ids"].size(1)),
+            self._kept(found.hidden_states, layers, ids.size(1)),
             None,
             extra | ({} if pooled is None else {"pooler_output": pooled}),
         )
+        return order.undo_all(outputs)
 
 
 class DecoderModelRunner(BaseModelRunner):
@@ -64,13 +91,7 @@ class DecoderModelRunner(BaseModelRunner):
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        order = (mask == 0).int().argsort(dim=1, stable=True)  # (B, T), padding to the right
-        if not isinstance(self.model, GPT) and (order.diff(dim=1) < 0).any():
-            # There each model counts positions as it was trained to (RoBERTa from its padding_idx on), and those that
-            # know no mask are right too: none sees what is to its right.
-            outputs = self._run({key: x.gather(1, order) for key, x in batch.items()}, layers, logits)
-            back = order.argsort(dim=1)
-            return replace(outputs.map(lambda x: _in_order(x, back)), input_ids=ids, attention_mask=mask)
+        order = Order(mask == 0)
         if isinstance(self.model, GPT):
             states: list[Tensor] = []
             weights: list[Tensor] | None = [] if self.capture_attentions else None
@@ -79,11 +100,12 @@ class DecoderModelRunner(BaseModelRunner):
             found = self.model.project(states[-1]) if logits else None
         else:
             few = {"logits_to_keep": 1} if not logits and self._accepts("logits_to_keep") else {}
-            outputs = self._call({**batch, **few, "use_cache": False})
+            outputs = self._call({**order.apply(batch), **few, "use_cache": False})
             states, weights = outputs.hidden_states, getattr(outputs, "attentions", None)
             found = getattr(outputs, "logits", None) if logits else None
         states, extra = self._kept(states, layers, ids.size(1)), self._captured(attentions=weights)
-        return ModelOutputs(ids, mask, found, None, states, extra)
+        outputs = ModelOutputs(ids, mask, found, None, states, extra)
+        return outputs if isinstance(self.model, GPT) else order.undo_all(outputs)
 
 
 class Seq2SeqModelRunner(BaseModelRunner):
@@ -91,6 +113,7 @@ class Seq2SeqModelRunner(BaseModelRunner):
 
     The decoder reads decoder_input_ids if the batch has them, else labels (or targets) shifted right as for the model's
     loss, else the start token alone: nothing is generated unasked. tokenize(texts, text_target=texts) makes labels.
+    The encoder's padding may be on either side; the decoder reads from the left.
     extra: decoder_input_ids, and encoder_attentions, decoder_attentions and cross_attentions.
     """
 
@@ -102,16 +125,21 @@ class Seq2SeqModelRunner(BaseModelRunner):
         if "decoder_attention_mask" in batch:
             decoder["decoder_attention_mask"] = batch["decoder_attention_mask"]
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        encoder = {key: batch[key] for key in BaseModelRunner.takes if key in batch}
+        order = Order(mask.cumsum(dim=1) == 0)
+        encoder = order.apply({key: batch[key] for key in BaseModelRunner.takes if key in batch})
         found = self._call({**encoder, **decoder, "use_cache": False})
         names = ("encoder_attentions", "decoder_attentions", "cross_attentions")
+        extra = decoder | self._captured(**{name: getattr(found, name, None) for name in names})
+        moves = {"encoder_attentions": order.undo, "cross_attentions": order.undo_keys}
+        extra |= {name: tuple(map(move, extra[name])) for name, move in moves.items() if name in extra}
+        states = self._kept(found.encoder_hidden_states, layers, ids.size(1))
         return ModelOutputs(
             ids,
             mask,
             getattr(found, "logits", None) if logits else None,
-            self._kept(found.encoder_hidden_states, layers, ids.size(1)),
+            tuple(map(order.undo, states)),
             self._kept(found.decoder_hidden_states, layers, decoder["decoder_input_ids"].size(1)),
-            decoder | self._captured(**{name: getattr(found, name, None) for name in names}),
+            extra,
         )
 
     def _decoder_input_ids(self, batch: Mapping[str, Tensor]) -> Tensor:

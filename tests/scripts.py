@@ -8,6 +8,8 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
 
+import torch
+
 multiprocessing.set_forkserver_preload(["numpy", "torch", "safetensors.torch", "tiktoken", "tokenizers", "tqdm"])
 
 
@@ -33,5 +35,10 @@ def _run(words: list[str], folder: str, cwd: str, environment: dict[str, str]) -
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    torch.seed()  # every fork has that of the process it comes from
+    here, script = Path(__file__).resolve().parent, Path(words[0])
+    others = [
+        path for path in sys.path[1:] if Path(path).resolve() not in (here, here.parent)
+    ]  # pytest put these there
+    sys.argv, sys.path = words, [str(script.parent), *others]
     runpy.run_path(words[0], run_name="__main__")

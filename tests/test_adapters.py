@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_families import gemma3_with_images
 from test_families import theirs as random_phi3
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
-from transformers import Conv1D
+from transformers import AutoModelForCausalLM, Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
 from families import load_pretrained
@@ -202,6 +203,36 @@ def test_what_peft_left_out_by_an_expression_is_left_out_here(targets, excluded,
     torch.testing.assert_close(logits(model, x), peft(x).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["v_proj", "embed_tokens"]])
+def test_an_adapter_of_a_text_model_opens_on_the_model_with_images_that_holds_it(targets, tmp_path):
+    gemma3_with_images().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    ours, x = load_pretrained(tmp_path / "base").eval(), tokens(2, 12)
+    apply_lora(ours, LoRAConfig(rank=2, targets=targets, rank_pattern={targets[0]: 3}), untie=True)
+    save_adapters(trained(ours), tmp_path / "ours", base=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    with torch.no_grad():
+        expected = ours(x, x)[0]
+    theirs = PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=x).logits, expected, atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        again = load_pretrained(tmp_path / "base").eval()
+        load_adapters(again, folder, untie=True)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x, x)[0], expected)
+
+
+def test_what_peft_trained_inside_a_model_with_images_opens_on_its_text_model(tmp_path):
+    base = gemma3_with_images()
+    base.save_pretrained(tmp_path / "base")
+    made = made_by_peft(base, {"rank": 2, "targets": r".*language_model.*\.(q_proj|v_proj)"}, tmp_path / "adapter")
+    model, x = load_pretrained(tmp_path / "base").eval(), tokens(2, 12)
+    assert len(load_adapters(model, tmp_path / "adapter").matched) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, x)[0], made(input_ids=x).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_the_files_hold_what_peft_needs_and_are_readable_by_others(tmp_path):
     model = gpt2()
     apply_lora(model, LoRAConfig(rank=4, targets=["c_attn"]))
@@ -268,6 +299,17 @@ def test_the_base_in_bfloat16_is_the_same_base(tmp_path):
     save_adapters(trained(model), tmp_path)
     load_adapters(half, tmp_path, dtype=torch.float32)
     assert half.transformer.h[0].attn.c_attn.lora["default"].A.dtype == torch.float32
+
+
+def test_a_base_in_float16_is_told_apart_from_another_one_as_far_as_that_can_be(tmp_path):
+    model, half = gpt(), gpt().half()
+    for one, folder in ((model, "whole"), (half, "half")):
+        apply_lora(one, LoRAConfig(rank=2))
+        save_adapters(trained(one), tmp_path / folder)
+    load_adapters(gpt(), tmp_path / "half")
+    load_adapters(gpt().half(), tmp_path / "half")
+    with pytest.raises(ValueError, match="other weights, or on these before they were rounded to float16"):
+        load_adapters(gpt().half(), tmp_path / "whole")
 
 
 def test_a_tied_head_has_to_be_allowed(tmp_path):

@@ -1,5 +1,6 @@
 """checkpoint.py: names, round trips, foreign and hostile files, and the command line."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -632,6 +633,59 @@ def test_a_marker_that_says_too_little_is_torn_and_breaks_no_listing(tmp_path, s
         assert done.returncode == 0 and "torn" in done.stdout and "complete" in done.stdout
         done = script("checkpoint.py", "prune", tmp_path)
         assert done.returncode == 0 and "says whether its ckpt.pt is whole" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("key", "value"), [("size", None), ("sha256", 5), ("best_val_loss", None), ("base", "x")])
+def test_a_marker_may_say_anything(tmp_path, script, key, value):
+    save(tmp_path / "m")
+    marker = read_about(tmp_path / "m")
+    (marker["files"]["ckpt.pt"] if key in ("size", "sha256") else marker)[key] = value
+    (tmp_path / "m" / "export_meta.json").write_text(json.dumps(marker))
+    assert "torn" in script("checkpoint.py", "list", tmp_path).stdout
+    for command in (("verify",), ("deploy", tmp_path / "out")):
+        done = script("checkpoint.py", command[0], tmp_path / "m", *command[1:])
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_a_commit_that_lost_a_file_is_torn_and_nobody_waits_for_it(tmp_path, script):
+    save(tmp_path / "m")
+    (tmp_path / "m" / "export_meta.json").rename(tmp_path / "m" / files.PENDING)
+    assert "complete" in script("checkpoint.py", "list", tmp_path, timeout=60).stdout
+    (tmp_path / "m" / "model_args.json").unlink()
+    assert "torn" in script("checkpoint.py", "list", tmp_path, timeout=60).stdout
+
+
+@pytest.mark.parametrize("adapter", ["whole", "torn", "begun"])
+def test_prune_keeps_the_base_of_every_lora_directory(tmp_path, adapter):
+    base, run = tmp_path / "gpt-6K-x-pretrain", tmp_path / "run"
+    save(base)
+    model_, _ = CheckpointManager.load_model(base, apply_lora=True)
+    reference = CheckpointManager.base_reference(base, run)
+    if adapter == "begun":
+        run.mkdir()
+        (run / "training_log.txt").write_text("x")
+    else:
+        CheckpointManager.save_checkpoint(
+            model_, run, {"config": {}, "iter_num": 1, "best_val_loss": 1.0, "base": reference}
+        )
+    if adapter == "torn":
+        (run / "adapters" / "adapter_config.json").unlink()
+    save(tmp_path / "gpt-6K-x-pretrain-v2")
+    with files.lock(run) if adapter == "begun" else contextlib.nullcontext():
+        assert f"kept {base}: it is the base of run" in prune(tmp_path, yes=True)
+    assert base.exists()
+    if adapter == "begun":  # and ended before it saved
+        prune(tmp_path, yes=True)
+        assert not base.exists() and not run.exists()
+
+
+def test_prune_reads_no_folders_but_those_of_models(tmp_path, monkeypatch):
+    save(tmp_path / "m")
+    (tmp_path / "others" / "deep").mkdir(parents=True)
+    read, contents = [], model_directory.contents
+    monkeypatch.setattr(model_directory, "contents", lambda path: read.append(path) or contents(path))
+    prune(tmp_path, yes=False)
+    assert read == [tmp_path / "m"]
 
 
 def test_prune_leaves_a_run_that_is_being_written_alone(tmp_path, script):

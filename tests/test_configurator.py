@@ -130,9 +130,10 @@ def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
     assert words in refusal(argument)
 
 
-def test_of_several_processes_one_tells_what_is_wrong(monkeypatch):
+def test_of_several_processes_on_a_machine_one_tells_what_is_wrong(monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # of another machine's, whose files may be right
     for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
             configurator.parse(["--batchsize=4"])
         assert "'batchsize'" in end.value.code if rank == "0" else end.value.code == 1

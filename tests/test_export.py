@@ -92,6 +92,10 @@ def test_a_whole_number_as_rope_factor_is_written_as_the_format_wants_it(dataset
     assert factor.types[-1].name == "FLOAT32" and factor.contents() == 2.0
 
 
+def test_a_family_changes_no_number_and_nothing_here():
+    assert export.layout_of(GPTConfig(**LLAMA, family="mistral")).name == "llama"
+
+
 def test_an_adapter_is_merged_on_the_way(dataset, tmp_path):
     import lora
 

@@ -278,7 +278,7 @@ def test_an_index_that_names_no_files_is_refused(copy, content):
         families.load_pretrained(copy, name=name)
 
 
-def test_gemma3_with_images_gives_its_text_model(tmp_path):
+def gemma3_with_images() -> transformers.PreTrainedModel:
     text = json.loads(json.dumps(CASES["gemma3"][1]))
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
@@ -286,6 +286,11 @@ def test_gemma3_with_images_gives_its_text_model(tmp_path):
     reference = transformers.Gemma3ForConditionalGeneration(config).eval()
     reference.set_attn_implementation("eager")
     randomise(reference)
+    return reference
+
+
+def test_gemma3_with_images_gives_its_text_model(tmp_path):
+    reference = gemma3_with_images()
     reference.save_pretrained(tmp_path)
     model, x = families.load_pretrained(tmp_path), tokens(2, T)
     with torch.no_grad():
@@ -363,6 +368,11 @@ PUBLISHED = {  # name: (config.json, parameters)
             "rope_scaling": {**ROPE3, "rope_type": "llama3"},
         },
         1_235_814_400,
+    ),
+    "SmolLM2-135M": (
+        llama_like("llama", 49152, 576, 1536, 30, 9, 3, 8192, rms_norm_eps=1e-5, rope_theta=100000.0)
+        | {"is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True, "pretraining_tp": 1},
+        134_515_008,
     ),
     "Mistral-7B-v0.1": (
         llama_like("mistral", 32000, 4096, 14336, 32, 32, 8, 32768, rms_norm_eps=1e-5, sliding_window=4096),

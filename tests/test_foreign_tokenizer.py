@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from data.tokens import load_dataset, retokenize, write_dataset
 from tokenizer import ForeignTokenizer, Tokenizer, train_bpe
 
+END = "<|end|>"
 TEXTS = [
     *documents(40),
     "Größe π ≈ 3.14159; x² + y² = z²\n\n\tdef f(x):\n    return x",
@@ -59,6 +60,18 @@ def llama2(folder):
     return saved(trained(made), folder, "<eos>")
 
 
+def phi3(folder):
+    """The same with nothing before a text, and an end of a turn behind other special tokens."""
+    path = llama2(folder)
+    content = json.loads(path.read_text())
+    content["post_processor"], first = None, len(content["model"]["vocab"])
+    like = next(token for token in content["added_tokens"] if token["content"] == "<eos>")
+    content["added_tokens"] += [like | {"id": first, "content": "<|user|>"}, like | {"id": first + 1, "content": END}]
+    path.write_text(json.dumps(content))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, first + 1]}))
+    return path
+
+
 def sentencepiece():
     return tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
 
@@ -80,13 +93,13 @@ def saved(made, folder, eos):
     return folder / "tokenizer.json"
 
 
-KINDS = pytest.mark.parametrize("kind", [llama3, gemma, llama2])
+KINDS = pytest.mark.parametrize("kind", [llama3, gemma, llama2, phi3])
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("foreign")
-    return {kind: kind(root / kind.__name__) for kind in (llama3, gemma, llama2)}
+    return {kind: kind(root / kind.__name__) for kind in (llama3, gemma, llama2, phi3)}
 
 
 @KINDS
@@ -108,8 +121,17 @@ def test_any_text_comes_back_byte_by_byte(paths, kind, text):
     tokenizer = Tokenizer.load(paths[kind])
     ids = tokenizer.encode(text)
     assert tokenizer.decode_bytes(ids) == text.encode()
-    pieces = b"".join(tokenizer.decode_bytes([i]) for i in ids[1:])
+    pieces = b"".join(tokenizer.decode_bytes([i], goes_on=at > 0) for at, i in enumerate(ids))
     assert pieces == text.encode() or (kind is llama2 and pieces in (b" " + text.encode(), text.encode()))
+
+
+def test_what_goes_on_keeps_its_blank_and_may_end_at_a_token_behind_others(paths):
+    tokenizer = Tokenizer.load(paths[phi3])
+    ids = tokenizer.encode("a word")
+    assert tokenizer.decode(ids) == "a word" and tokenizer.decode(ids, goes_on=True) == " a word"
+    end = tokenizer.stops[-1]
+    assert tokenizer.vocab_size == end + 1 and tokenizer.decode([*ids, end]) == "a word"
+    assert tokenizer.stops == (tokenizer.eot, end) and tokenizer.eot == 2
 
 
 @KINDS
@@ -148,7 +170,8 @@ def test_a_dataset_is_written_anew_in_its_tokens(paths, kind, tmp_path):
     assert derived.meta["train"]["bytes"] == original.meta["train"]["bytes"]
     first = derived.val[: list(derived.val).index(tokenizer.eot)].tolist()
     assert first == tokenizer.encode(own.decode(original.val[: list(original.val).index(own.eot)].tolist()))
-    assert first[0] == tokenizer.encode("")[0]
+    begin = tokenizer.encode("")
+    assert first[: len(begin)] == begin
 
 
 @pytest.mark.parametrize(

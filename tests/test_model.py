@@ -327,7 +327,7 @@ def test_the_highest_logits_are_those_of_topk(rows, vocabulary, k):
     assert highest(logits, k)[0][-1].isnan().any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0}])
 @pytest.mark.parametrize("logits", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3])
 def test_nothing_is_drawn_from_what_is_no_distribution(logits, settings):
     with pytest.raises(ValueError, match="not finite"):

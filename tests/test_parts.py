@@ -301,6 +301,25 @@ def test_sizes_are_read_where_they_really_are(saved, name, part, facts):
     assert {key: known[key] for key in facts} == facts
 
 
+def test_what_single_families_have_otherwise():
+    oss = transformers.GptOssConfig(**{**SIZES, "num_local_experts": 4, "num_hidden_layers": 1})
+    ffn = decompose(transformers.GptOssForCausalLM(oss), "").parts["ffn_0"]
+    assert (ffn.input_dim, ffn.output_dim, ffn.intermediate_dim) == (24, 24, 40)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 3, "window_size": 5}
+    neo = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    windows = [decompose(neo, "").parts[f"attention_{i}"].extra_info["sliding_window"] for i in (0, 1)]
+    assert windows == [None, 5]
+
+
+@pytest.mark.parametrize("setting", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
+def test_attentions_of_another_scale_do_not_fit(tmp_path, setting):
+    registry, sizes = ModelRegistry(tmp_path), {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    for name, settings in (("a", {}), ("b", setting)):
+        registry.register(name, transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **settings)))
+    with pytest.raises(ValueError, match=r"scores divided by the root of: 8\.0 and"):
+        registry.swap("a", "attention_1", "b", "attention_1")
+
+
 def test_scaled_rotations_are_recorded_whole(saved):
     rope = decompose(saved["llama"][0], "").parts["attention_0"].extra_info["rope"]
     assert rope["rope_type"] == "llama3" and rope["rope_theta"] == 50.0 and rope["factor"] == 8.0

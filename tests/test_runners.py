@@ -145,6 +145,40 @@ def test_an_encoder_gives_transformers_numbers(models_of, name):
         assert "pooler_output" not in found.extra
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "head"),
+    [("Bert", ENCODER, "ForMaskedLM"), ("Bert", ENCODER, "Model"), ("Bart", BART, "ForConditionalGeneration")],
+)
+def test_an_encoders_padding_may_be_on_the_left(tmp_path, kind, settings, head):
+    folder = write(tmp_path, random(kind, settings, head))
+    left, right = (
+        load_model(folder, capture_attentions=True, tokenizer_kwargs={"padding_side": side})
+        for side in ("left", "right")
+    )
+    batch = left.tokenize(TEXTS)
+    found, real, prefix = left.forward(batch), batch["attention_mask"].bool(), "encoder_" * (kind == "Bart")
+    assert not real[1, 0] and torch.equal(found.input_ids, batch["input_ids"])
+    for row, text in enumerate(TEXTS):
+        alone = right.forward(right.tokenize(text))
+        all_close([x[row][real[row]] for x in found.encoder_hidden_states], [x[0] for x in alone.encoder_hidden_states])
+        weights = [x[row][:, real[row]][:, :, real[row]] for x in found.extra[f"{prefix}attentions"]]
+        all_close(weights, [x[0] for x in alone.extra[f"{prefix}attentions"]])
+        if kind == "Bart":
+            close(found.logits[row], alone.logits[0])
+            crossed = [x[row][:, :, real[row]] for x in found.extra["cross_attentions"]]
+            all_close(crossed, [x[0] for x in alone.extra["cross_attentions"]])
+        elif head == "Model":
+            close(found.extra["pooler_output"][row], alone.extra["pooler_output"][0])
+        else:
+            close(found.logits[row][real[row]], alone.logits[0])
+    close(left.embed(TEXTS), right.embed(TEXTS))
+    with torch.no_grad():  # what is masked inside a text keeps its place
+        masked = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 0, 1, 1]])}
+        states = left.model(**masked, output_hidden_states=True)
+    expected = states.encoder_hidden_states if kind == "Bart" else states.hidden_states
+    all_close(left.forward(masked).encoder_hidden_states, expected)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_gives_transformers_numbers_wherever_the_padding_is(models_of, name, side):
