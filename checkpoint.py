@@ -306,7 +306,8 @@ class CheckpointManager:
         if found != expected:
             raise ValueError(
                 f"{path} is not the base of {directory}: its sha256 is {found}, and the adapter was trained on "
-                f"{expected} ({about['base']['given']}); if that was moved, --base says where"
+                f"{expected} ({about['base']['given']}), which may have been trained further since; --base says where "
+                "those weights lie"
             )
         model, _ = CheckpointManager.load_model(path, device, mapped=mapped)
         reference = CheckpointManager.base_reference(path, directory)
@@ -487,7 +488,10 @@ def _load(directory: Path, name: str, device: str | torch.device, mapped: bool =
     marker = files.read_marker(directory)
     if marker is None:
         if status(directory) == "torn":
-            raise ValueError(f"{directory} is torn: it has files of a run but no {files.MARKER}")
+            raise ValueError(
+                f"{directory} is torn: it has files of a run but no {files.MARKER} to say whether they are whole. A "
+                f"run that never saved is started again as before; a copy of {name} alone, elsewhere, can be opened"
+            )
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no {name}")
         with open(directory / name, "rb") as file:

@@ -75,7 +75,7 @@ from model import GPT
 from model_directory import is_lora, read_about
 from preflight import find_dataset
 from registry.resolve import folder_of
-from sample import find_tokenizer, read_prompt
+from sample import check_seed, find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer
 
 if TYPE_CHECKING:
@@ -131,11 +131,14 @@ def main(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is to be told. Raises ValueError or OSError for what a user can cause, most of it at once."""
     check(arguments)
+    check_seed(arguments.seed)
     arguments.a, arguments.b = folder_of(arguments.a), folder_of(arguments.b)
     prompts = [read_prompt(prompt) for prompt in arguments.prompt]
     keep_freed_memory()
     device, dtype = pick_device(arguments.device), DTYPES[arguments.dtype]
     bases = places_of_bases(arguments)
+    if arguments.tokenizer and all(map(CheckpointManager.find_tokenizer, (arguments.a, arguments.b))):
+        raise ValueError(f"--tokenizer {arguments.tokenizer}: A and B have tokenizers of their own")
     a = load("A", arguments.a, bases[0], arguments.tokenizer, device, dtype)
     b = load("B", arguments.b, bases[1], arguments.tokenizer, device, dtype)
     names = arguments.data or [side.trained_on for side in (a, b) if side.trained_on]

@@ -454,6 +454,9 @@ def merge_resumed(
     warnings, problems = [], []
     for key, source in given.items():
         new, old, effect = getattr(merged, key), saved.get(key), FIELDS[key].metadata["resume"]
+        if new == "auto" and effect == "warn" and old is not None:  # what it was found to be
+            merged = replace(merged, **{key: old})
+            continue
         if new != old and effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
             (warnings if effect == "warn" else problems).append(sentence)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import files
+from words import first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -121,7 +122,7 @@ def _from_bin(path: Path) -> dict[str, Stored]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or an unsafe pickle raises
-        raise ValueError(f"{path} does not load as tensors alone: {error}") from None
+        raise ValueError(f"{path} does not load as tensors alone: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds something other than named tensors")
     return {name: Stored(tuple(tensor.shape), partial(lambda tensor: tensor, tensor)) for name, tensor in state.items()}

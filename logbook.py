@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ class Logbook:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run, none if it has no metrics.jsonl. A line that a kill cut short is left out."""
+    """The records of a run, none if it has no metrics.jsonl. A line that a kill cut short, or a disk, is left out."""
     path, records = directory / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "iter" in record]
@@ -89,7 +90,9 @@ def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name may have characters that the font has not
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -37,6 +37,7 @@ PLOT = "loss.png"
 DEPLOYED = (WEIGHTS, HF_WEIGHTS, MODEL_ARGS, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG)
 OF_A_RUN = {*DEPLOYED, STATE, SHARDS, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, LOG, METRICS, PLOT}
 OF_A_RUN |= {files.MARKER, files.PENDING}  # and shards, and what is being written
+A_SHARD = r"last/shard-\d+\.safetensors"
 
 
 def is_lora(about: dict[str, Any] | None) -> bool:
@@ -116,8 +117,29 @@ def models_in(root: Path) -> dict[Path, str]:
     """Model directories under `root` and their status."""
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    found = {path: status(path) for path in sorted(root.iterdir()) if path.is_dir()}
+    found = {}
+    for path in sorted(root.iterdir()):
+        with contextlib.suppress(PermissionError):  # somebody else's, such as lost+found
+            found[path] = status(path) if path.is_dir() else ""
     return {path: state for path, state in found.items() if state}
+
+
+def holds(directory: Path, sha256: str) -> bool:
+    """Whether it is a whole model's, and these are its weights."""
+    with contextlib.suppress(ValueError):  # a marker that is none
+        marker = files.read_marker(directory)
+        return not is_lora(marker) and sha256 in [entry["sha256"] for entry in files.listed(marker).values()]
+    return False
+
+
+def only_base_of(directory: Path) -> list[Path]:
+    """The LoRA directories beside a model that adapt the weights it has now, if those lie nowhere else beside it."""
+    found, others = {}, [path for path in models_in(directory.resolve().parent) if not path.samefile(directory)]
+    for path in others:
+        with contextlib.suppress(ValueError):
+            if is_lora(about := read_about(path)) and holds(directory, about["base"]["sha256"]):
+                found[path] = about["base"]["sha256"]
+    return [path for path, sha256 in found.items() if not any(holds(other, sha256) for other in others)]
 
 
 def contents(directory: Path) -> dict[Path, tuple[int, int]]:
@@ -165,8 +187,12 @@ def deploy(directory: Path, destination: Path) -> str:
         raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")
     if there is not None and (STATE in there["files"] or destination.resolve() == directory.resolve()):
         raise ValueError(f"{destination} holds a run, which weights from elsewhere would end: choose a new folder")
-    if there is None and destination.exists() and any(destination.iterdir()):
+    others = [path for path in destination.glob("*") if not path.name.endswith(files.NEW)]  # a killed one's
+    if there is None and others:
         raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
+
+    if there is not None:
+        _check_replaceable(destination, there, directory, about)
 
     def copy(name: str) -> Callable[[files.HashedFile], None]:
         def write(target: files.HashedFile) -> None:
@@ -187,9 +213,23 @@ def deploy(directory: Path, destination: Path) -> str:
     return f"{about['name']}, best at iteration {iteration:,}, is in {destination} ({size})"
 
 
+def _check_replaceable(destination: Path, there: dict[str, Any], directory: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError for weights that would be missed: better ones, or those that an adapter needs."""
+    if _alike(about, there) and there["best_val_loss"] < about["best_val_loss"]:
+        raise ValueError(
+            f"{destination} holds better weights, with a validation loss of {there['best_val_loss']:.4f} where "
+            f"{directory} has {about['best_val_loss']:.4f}: choose a new folder or remove it"
+        )
+    for adapter in only_base_of(destination):
+        if not holds(directory, read_about(adapter)["base"]["sha256"]):
+            raise ValueError(
+                f"{destination} is the base of {adapter.name}, which needs its weights: choose a new folder"
+            )
+
+
 def superseded(complete: list[Path]) -> dict[Path, str]:
     """Complete models of which a newer version is complete and no worse: v2 after v1 after none, dates by date. Losses
-    of other text, or by other tokens, say nothing of that."""
+    of other text, or by other tokens, say nothing of that, and a copy that cannot be resumed replaces no run."""
     versions: dict[ModelName, list[tuple[list[int], Path]]] = {}
     for path in complete:
         with contextlib.suppress(ValueError):  # a name outside the convention has no versions
@@ -202,14 +242,16 @@ def superseded(complete: list[Path]) -> dict[Path, str]:
         best = read_about(newest)
         for path in (path for _, path in group if path != newest):
             about = read_about(path)
-            alike = all(_fingerprint(about, of) == _fingerprint(best, of) for of in ("dataset", "tokenizer"))
-            if alike and about["best_val_loss"] >= best["best_val_loss"]:
+            run = STATE in about["files"] and STATE not in best["files"]
+            if _alike(about, best) and not run and about["best_val_loss"] >= best["best_val_loss"]:
                 found[path] = f"superseded by {newest.name}"
     return found
 
 
-def _fingerprint(about: dict[str, Any], of: str) -> str | None:
-    return (about.get(of) or {}).get("fingerprint")
+def _alike(about: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two models' losses are of the same text and tokens."""
+    of = [[(one.get(key) or {}).get("fingerprint") for key in ("dataset", "tokenizer")] for one in (about, other)]
+    return of[0] == of[1]
 
 
 def _kept_though_torn(directory: Path) -> str:
@@ -219,17 +261,22 @@ def _kept_though_torn(directory: Path) -> str:
     except ValueError:  # it is none
         marker = None
     names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
-    shards = [name for name in names if re.fullmatch(r"last/shard-\d+\.safetensors", name)]
+    shards = [name for name in names if re.fullmatch(A_SHARD, name)]
     for name in (WEIGHTS, HF_WEIGHTS, ADAPTER_WEIGHTS, STATE, *shards):
         path, entry = files.find(directory, name), files.listed(marker).get(name)
         if entry is None and path.exists():  # no save ends like that, so what it is nobody knows
             return f"no {files.MARKER} says whether its {name} is whole: delete it by hand"
         if path.is_file() and path.stat().st_size == entry["size"]:
             return f"it is torn, but its {name} is whole"
-    for name in names:
-        if not (name in OF_A_RUN or name in shards or name.endswith(files.NEW)):
-            return f"it is torn, but {name} is no file of a run"
-    return ""
+    strange = _strange(directory)
+    return f"it is torn, but {strange} is no file of a run" if strange else ""
+
+
+def _strange(directory: Path) -> str | None:
+    """The name of a file in a model directory that no run has written."""
+    names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
+    ours = (name in OF_A_RUN or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW) for name in names)
+    return next((name for name, known in zip(names, ours, strict=True) if not known), None)
 
 
 def _may_need(path: Path, base: Path) -> bool:
@@ -240,8 +287,10 @@ def _may_need(path: Path, base: Path) -> bool:
         if about is None:
             with files.lock(path):
                 return False
-        # The file may be a link to elsewhere.
-        return is_lora(about) and (path / about["base"]["path"]).parent.resolve().is_relative_to(base.resolve())
+        if not is_lora(about):
+            return False
+        folder = (path / about["base"]["path"]).parent  # the file may be a link to elsewhere
+        return folder.resolve().is_relative_to(base.resolve()) or holds(base, about["base"]["sha256"])
     return True  # it is being written, or nobody can read its marker
 
 
@@ -249,10 +298,13 @@ def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
     seen = {path: contents(path) for path in models_in(root)}  # first: what is saved from here on is not judged
     states = models_in(root)
-    complete = [path for path, state in states.items() if state == "complete"]
+    # A link is another name of a model, and no version of it.
+    complete = [path for path, state in states.items() if state == "complete" and not path.is_symlink()]
     torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}
     lines = [f"kept {path}: {why}" for path, why in torn.items() if why]
     older = superseded(complete)
+    for path in [path for path in older if _strange(path)]:
+        lines.append(f"kept {path}: it is {older.pop(path)}, but {_strange(path)} is no file of a run")
     for path in states:
         for base in [base for base in older if base != path and _may_need(path, base)]:
             lines.append(f"kept {base}: it is the base of {path.name}, or may be")
@@ -266,8 +318,8 @@ def prune(root: Path, yes: bool) -> str:
             with files.lock(path):
                 if contents(path) != seen.get(path):
                     raise ValueError("it was written to meanwhile")
-                if yes:
-                    shutil.rmtree(path)
+                if yes:  # under another name, so that what cannot be deleted whole stays whole
+                    shutil.rmtree(path.rename(path.with_name(f"{path.name}.pruned")))
             lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")
         except (ValueError, OSError) as error:
             lines.append(f"kept {path}: {error}")

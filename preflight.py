@@ -21,7 +21,7 @@ from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenize
 from distributed import Ranks
 from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, on_meta
-from model_directory import LOG, METRICS, read_about
+from model_directory import LOG, METRICS, only_base_of, read_about
 from naming import ModelName, size_label
 from optimizer import start_branches_at_zero
 from registry.catalogue import find_spec
@@ -141,6 +141,16 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     problems += rank_problems(config, architecture, ranks) + disk_problems(directory, trained, config.lora)
     if config.base and not config.lora:
         problems.append(f"base={config.base}, but {directory} is no LoRA run")
+    if state["iter_num"] < config.max_iters and (adapters := [path.name for path in only_base_of(directory)]):
+        problems.append(
+            f"{', '.join(adapters)} adapts the weights of {directory}, which would be replaced: keep a copy beside it "
+            f"first (python checkpoint.py deploy {directory} {directory}-base), which is the adapter's --base then"
+        )
+    if state.get("threads") not in (None, torch.get_num_threads()):
+        notes.append(
+            f"the saved run computed with {state['threads']} threads and this one has {torch.get_num_threads()}: sums "
+            "are rounded otherwise"
+        )
     _raise_all(problems)
     base = None
     if config.lora:

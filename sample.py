@@ -88,6 +88,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.num_samples < 1 or arguments.max_new_tokens < 1:
         raise ValueError("--num_samples and --max_new_tokens must be at least 1")
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    check_seed(arguments.seed)
     device = pick_device(arguments.device)
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
     tokenizer = find_tokenizer(arguments.tokenizer, metadata)
@@ -108,6 +109,11 @@ def sample(arguments: argparse.Namespace) -> None:
             generator=generator,
         )
         show(stream, some, tokenizer, separate=first > 0)
+
+
+def check_seed(seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed {seed} must be a whole number of at most 64 bits")
 
 
 def show(stream: Iterator[Tensor], prompts: list[str], tokenizer: Tokenizer, separate: bool) -> None:

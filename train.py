@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=4 train.py config/train_scientific.py --n_head=4 --mesh_shape='[[2,2],["fsdp","tp"]]'
 
 `python train.py --help` lists the settings. A run that is stopped and resumed computes what an uninterrupted one would,
-bit for bit on a CPU: which tokens a step sees follows from the seed and the number of samples seen, the learning rate
-from the step, and the generators behind dropout are saved with the weights. Evaluation draws from none of them.
+bit for bit on a CPU with as many threads: which tokens a step sees follows from the seed and the number of samples
+seen, the learning rate from the step, and the generators behind dropout are saved with the weights. Evaluation draws
+from none of them.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ import lora
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
-from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from device import autocast, is_out_of_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from distributed import Ranks, is_lost_contact, leave
 from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
@@ -45,6 +46,7 @@ from model_directory import PLOT, TOKENIZER
 from optimizer import build_optimizer, restore, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
+from words import first_line
 
 GATHERED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
 
@@ -286,6 +288,7 @@ class Trainer:
             "samples_seen": self.samples_seen,
             "evaluated_at": self.evaluated_at,
             "evaluation_size": self.evaluation_size,
+            "threads": torch.get_num_threads(),
             "dataset": metadata["dataset"],
             "best": self.best,
         }
@@ -436,9 +439,11 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
         left = "nothing" if trainer.evaluated_at == trainer.iter_num else "only the last evaluation"
         log.say(f"{left} is left to do: the run has its {config.max_iters:,} steps; a higher --max_iters goes on")
         return
+    first = (
+        "" if trainer.evaluated_at == trainer.iter_num else "with the first evaluation, before the first step; then "
+    )
     log.say(
-        "the first save comes with the first evaluation, before the first step; "
-        f"then every {config.eval_interval} steps"
+        f"saves come {first}every {config.eval_interval} steps"
         + (f" or {config.save_minutes:g} minutes" if config.save_minutes else "")
     )
 
@@ -462,7 +467,8 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
             trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\n{on}")
         else:
             trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
-            trainer.log.say(f'try it: python sample.py {place} --prompt "In this paper we"')
+            if trainer.tokenizer:
+                trainer.log.say(f'try it: python sample.py {place} --prompt "In this paper we"')
             if trainer.base:
                 trainer.log.say(f"make it a model of its own: python merge_lora.py {place}")
     ranks.close()
@@ -480,7 +486,15 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
         return 1
     except Exception as error:
         if ranks is None or ranks.size == 1:
-            raise
+            if not is_out_of_memory(error):
+                raise
+            print(
+                f"train.py: there is not enough memory ({first_line(error)}); what was saved before is intact. Half of "
+                "batch_size and twice gradient_accumulation_steps compute the same with less, and "
+                "activation_checkpointing=true needs less still",
+                file=sys.stderr,
+            )
+            return 1
         if ranks.is_first_to_fail():
             if not is_lost_contact(error):
                 raise

@@ -97,6 +97,8 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
 
 def prepare(recipe: Recipe, args: argparse.Namespace) -> None:
     """Make the dataset that the arguments ask for, and say on the way what is done and why."""
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ValueError(f"--vocab_size {args.vocab_size} must be at least 1")
     started = time.monotonic()
     source, reason, offline = choose_source(recipe, args)
     print(f"source     {source.description}\n           ({reason})", flush=True)

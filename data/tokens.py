@@ -212,6 +212,9 @@ class _TokenFile:
         return counts | self.file.entry()
 
 
+OF_A_MODEL = {files.MARKER, "config.json", "ckpt.pt", "model.safetensors"}  # ours or anybody's
+
+
 @contextmanager
 def _staging(directory: Path) -> Iterator[dict[str, Path]]:
     """Where to write each of FILES; renamed into place if the body succeeds, removed without a trace if it does not.
@@ -221,8 +224,11 @@ def _staging(directory: Path) -> Iterator[dict[str, Path]]:
     staged = {name: files.staged_name(directory / name) for name in FILES}
     created = not directory.exists()
     try:
-        if (directory / files.MARKER).exists():
+        names = {path.name for path in directory.glob("*")}
+        if names & OF_A_MODEL:
             raise ValueError(f"{directory} is a model directory: choose another --out_dir for the dataset")
+        if "train.bin" in names and not names & {TOKENIZER, META}:  # these are the first and the last to be put there
+            raise ValueError(f"the train.bin in {directory} was not made here: choose another --out_dir, or remove it")
         with files.lock(directory):
             for litter in directory.glob(f".*{files.NEW}"):
                 litter.unlink()

@@ -20,7 +20,7 @@ import files
 import model_directory
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
-from model_directory import prune, read_about, superseded
+from model_directory import deploy, prune, read_about, superseded
 from naming import ModelName, size_label
 from weights import model_args
 
@@ -677,6 +677,62 @@ def test_prune_keeps_the_base_of_every_lora_directory(tmp_path, adapter):
     if adapter == "begun":  # and ended before it saved
         prune(tmp_path, yes=True)
         assert not base.exists() and not run.exists()
+
+
+def test_prune_takes_no_link_for_a_version_and_no_copy_for_a_run(tmp_path):
+    first = tmp_path / "gpt-6K-x-pretrain"
+    save(first)
+    (tmp_path / "gpt-6K-x-pretrain-v2").symlink_to(first.name)
+    deploy(first, tmp_path / "gpt-6K-x-pretrain-v3")
+    assert prune(tmp_path, yes=True) == "nothing to prune"
+    save(tmp_path / "gpt-6K-x-pretrain-v4")
+    prune(tmp_path, yes=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.exists()) == ["gpt-6K-x-pretrain-v4"]
+
+
+def test_prune_knows_a_base_by_its_weights_too_and_keeps_what_is_nobodys_run(tmp_path):
+    base, other = tmp_path / "gpt-6K-x-pretrain-v1", tmp_path / "gpt-6K-x-pretrain-v2"
+    save(base)
+    save(other, seed=1)
+    (other / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    reference = CheckpointManager.base_reference(base, tmp_path / "run") | {"path": "elsewhere/ckpt.pt"}
+    adapted_, _ = CheckpointManager.load_model(base, apply_lora=True)
+    metadata = {"config": {}, "iter_num": 1, "best_val_loss": 1.0, "base": reference}
+    CheckpointManager.save_checkpoint(adapted_, tmp_path / "run", metadata)
+    save(tmp_path / "gpt-6K-x-pretrain-v3", seed=2)
+    said = prune(tmp_path, yes=True)
+    assert f"kept {base}: it is the base of run" in said and "but notes.txt is no file of a run" in said
+    assert base.exists() and (other / "notes.txt").exists()
+
+
+def test_what_was_deployed_is_not_replaced_by_what_is_worse_or_breaks_an_adapter(tmp_path):
+    save(tmp_path / "m", loss=2.0)
+    deploy(tmp_path / "m", tmp_path / "out")
+    save(tmp_path / "again" / "m", seed=1, loss=3.0)
+    with pytest.raises(
+        ValueError, match=r"holds better weights, with a validation loss of 2\.0000 where .* has 3\.0000"
+    ):
+        deploy(tmp_path / "again" / "m", tmp_path / "out")
+    save(tmp_path / "again" / "m", seed=1, loss=1.0)
+    adapted_, _ = CheckpointManager.load_model(tmp_path / "out", apply_lora=True)
+    reference = CheckpointManager.base_reference(tmp_path / "out", tmp_path / "run")
+    metadata = {"config": {}, "iter_num": 1, "best_val_loss": 1.0, "base": reference}
+    CheckpointManager.save_checkpoint(adapted_, tmp_path / "run", metadata)
+    deploy(tmp_path / "again" / "m", tmp_path / "out")  # the weights lie in m too
+    deploy(tmp_path / "m", tmp_path / "other")
+    CheckpointManager.save_checkpoint(adapted_, tmp_path / "run2", metadata)
+    shutil.rmtree(tmp_path / "m")
+    with pytest.raises(ValueError, match="is the base of run"):
+        deploy(tmp_path / "again" / "m", tmp_path / "other")
+
+
+def test_a_deployment_that_was_killed_is_no_model(tmp_path):
+    save(tmp_path / "m")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".ckpt.pt.nanoforge-new").write_text("half")
+    deploy(tmp_path / "m", tmp_path / "out")
+    assert CheckpointManager.verify(tmp_path / "out") == []
 
 
 def test_prune_reads_no_folders_but_those_of_models(tmp_path, monkeypatch):

@@ -248,6 +248,8 @@ def test_a_first_document_longer_than_the_budget_is_read_all_the_same(models, da
         (("--out", "picture.jpg"), "must end in .png"),
         (("--json", "picture.png"), "is for a picture"),
         (("--out", "/"), "is a folder"),
+        (("--tokenizer", "/nowhere.json"), "A and B have tokenizers of their own"),
+        (("--seed", 10**20), "at most 64 bits"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_exit_code_1(models, run, arguments, words):

@@ -139,6 +139,14 @@ def test_of_several_processes_on_a_machine_one_tells_what_is_wrong(monkeypatch):
         assert "'batchsize'" in end.value.code if rank == "0" else end.value.code == 1
 
 
+def test_auto_is_what_it_was_when_the_run_began():
+    config, given = load(["dtype=auto", "compile=auto", "device=auto"])
+    saved = vars(RunConfig()) | {"dtype": "bfloat16", "compile": "false", "device": "cpu"}
+    merged, warnings, problems = merge_resumed(config, given, saved)
+    assert (merged.dtype, merged.compile, merged.device) == ("bfloat16", "false", "auto")
+    assert warnings == problems == []
+
+
 def test_nothing_is_no_text(tmp_path):
     file = write(tmp_path / "c.py", 'config = {"out_dir": None, "dataset": None}')
     assert f"{file}:1: out_dir=None must be text" in refusal(file) and "dataset=None must be text" in refusal(file)

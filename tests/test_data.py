@@ -342,6 +342,17 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, bpe):
         write_dataset(tmp_path / "file", texts(), bpe, **SOURCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("config.json", "is a model directory"), ("ckpt.pt", "is a model directory"), ("train.bin", "was not made here")],
+)
+def test_nobody_elses_files_are_written_over(tmp_path, bpe, name, words):
+    (tmp_path / name).write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=words):
+        write_dataset(tmp_path, texts(), bpe, **SOURCE)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"theirs"]
+
+
 def test_two_runs_do_not_write_to_the_same_folder(tmp_path, bpe):
     with files.lock(tmp_path), pytest.raises(ValueError, match="is being written by another process"):
         write_dataset(tmp_path, texts(), bpe, **SOURCE)
@@ -1084,6 +1095,7 @@ MISTAKES = {
     "no files": (["--source", "files"], "--source files needs --files"),
     "files and hub": (["--source", "hub", "--files", "x.txt"], "--files means nothing with --source hub"),
     "split and docs": (["--source", "docs", "--split", "line"], "--split means nothing with --source docs"),
+    "no size": (["--vocab_size", "0", "--files", "PAPERS"], "--vocab_size 0 must be at least 1"),
     "negative": (["--num_samples", "-1"], "--num_samples is -1; it must be"),
     "no hub": (["--source", "hub"], "the hub did not give a/b: "),
     "hub options": (["--hub_dataset", "a/b"], "the hub did not give a/b: "),

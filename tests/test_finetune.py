@@ -63,6 +63,37 @@ def adapted(base, other_text, tmp_path_factory, script) -> Path:
     return out
 
 
+def test_a_base_is_not_trained_further_while_its_weights_lie_nowhere_else(base, dataset, tmp_path, script):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    begun = script(
+        "train.py",
+        f"init_from={folder}",
+        f"dataset={dataset}",
+        f"out_dir={tmp_path / 'run'}",
+        *LORA,
+        *STEPS,
+        "max_iters=1",
+    )
+    assert begun.returncode == 0, begun.stderr
+    onward = ("train.py", "init_from=resume", f"out_dir={folder}", "max_iters=41")
+    before = CheckpointManager.base_reference(folder, tmp_path)["sha256"]
+    done = script(*onward)
+    assert done.returncode == 1 and f"run adapts the weights of {folder}, which would be replaced" in done.stderr
+    assert CheckpointManager.base_reference(folder, tmp_path)["sha256"] == before
+    assert script("checkpoint.py", "deploy", folder, f"{folder}-base").returncode == 0
+    done = script(*onward)
+    assert done.returncode == 0, done.stderr
+    assert CheckpointManager.verify(tmp_path / "run", base=f"{folder}-base") == []
+
+
+def test_too_little_memory_is_one_sentence(base, dataset, tmp_path, script):
+    settings = (f"init_from={base}", f"dataset={dataset}", f"out_dir={tmp_path / 'run'}", *LORA, *STEPS)
+    done = script("train.py", *settings, "lora_rank=100000000000")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "there is not enough memory" in done.stderr and not (tmp_path / "run").exists()
+
+
 def copied(directory: Path, to: Path) -> Path:
     """A LoRA directory somewhere else, whose base is then not where it was."""
     shutil.copytree(directory, to)

@@ -134,6 +134,7 @@ def test_weights_are_held_as_asked_and_int8_says_what_it_costs(trained, script, 
         (("--temperature", -1), "temperature >= 0"),
         (("--num_samples", 0), "must be at least 1"),
         (("--prompt", "FILE:/nowhere.txt"), "/nowhere.txt"),
+        (("--seed", 10**20), "at most 64 bits"),
         (("--device", "cuda:7"), "device=cuda:7 cannot be used here"),
     ],
 )

@@ -698,6 +698,17 @@ def test_resume_refuses_another_architecture_and_warns_of_other_changes(finished
     assert "learning_rate was 0.01 in the saved run and is 0.002 now" in done.stdout
 
 
+def test_resume_tells_of_other_threads_and_reads_what_it_can_of_a_spoilt_log(finished, tmp_path, script):
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b"\x89PNG\n")
+    arguments = ("train.py", "init_from=resume", f"out_dir={tmp_path / 'run'}", "max_iters=13")
+    done = script(*arguments, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    assert "computed with 1 threads and this one has 2" in done.stdout
+    assert "before the first step" not in done.stdout
+
+
 def test_resume_refuses_fewer_steps_than_there_were(finished, script):
     before = (finished / "last" / "state.pt").read_bytes()
     refused(
