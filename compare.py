@@ -316,7 +316,7 @@ def continuation(side: Side, prompt: str, max_new_tokens: int, temperature: floa
         max_new_tokens,
         temperature=temperature,
         stop_tokens=tokenizer.stops,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.drawn,
         generator=torch.Generator(device).manual_seed(seed),
     )
     return tokenizer.decode([token.item() for token in tokens if token.item() not in tokenizer.stops], goes_on=True)

@@ -456,6 +456,8 @@ def merge_resumed(
         new, old, effect = getattr(merged, key), saved.get(key), FIELDS[key].metadata["resume"]
         if new == "auto" and effect == "warn" and old is not None:  # what it was found to be
             merged = replace(merged, **{key: old})
+            if old != "auto":
+                warnings.append(f"{key}=auto ({source}) is what it was when the run began, {old}")
             continue
         if new != old and effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"

@@ -16,9 +16,11 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
     "o_proj": "attn_vec_einsum",
 }
 
+# In an expression, a part of a path as Gemma's code has it: behind what may stand for more, self_attn may end so too.
+WHOLE_ATTN = r"(?<![*+?})\]])\battn\b|\[[./\\]+\]attn\b|\\battn\b"
+
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-STATE_SPACE = ("x_proj", "dt_proj", "out_proj")  # nor do Mamba's layers call these, at least where they have a kernel
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -82,8 +84,7 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
     found, paths = {}, list(paths)
     for entry, regex in entries.items():
         ours = any(name in entry for name in GEMMA_NAMES)
-        # A word of its own, unless what precedes it may stand for more of it: .*attn ends self_attn too.
-        gemmas = "einsum" in entry or (not ours and re.search(r"(?<![*+?}])\battn\b|\\battn\b", entry))
+        gemmas = "einsum" in entry or (not ours and re.search(WHOLE_ATTN, entry))
         spelled = {path: [path] * (ours or not gemmas) for path in paths}
         for path in paths if gemmas else ():
             names = GEMMA_NAMES if "self_attn" in path.split(".") else {}  # elsewhere attn is what it is called
@@ -107,8 +108,8 @@ def _bypassed(module: nn.Module) -> list[nn.Module]:
     """The children of a module that it never calls."""
     if isinstance(module, BYPASSING):
         return list(module.children())
-    if hasattr(module, "A_log") and hasattr(module, "D"):  # Gu and Dao 2023 (arXiv 2312.00752) call them so
-        return [child for name, child in module.named_children() if name in STATE_SPACE]
+    if hasattr(module, "A_log") and isinstance(step := getattr(module, "dt_proj", None), nn.Linear):
+        return [step]  # Mamba's (Gu and Dao 2023, arXiv 2312.00752) adds its bias elsewhere
     shared, encoder = getattr(module, "shared", None), getattr(module, "encoder", None)
     own = getattr(encoder, "embed_tokens", None)  # T5's: then it looks up here, and `shared` only ties the weights
     both = isinstance(shared, nn.Embedding) and isinstance(own, nn.Embedding)

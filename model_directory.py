@@ -6,7 +6,9 @@ here opens weights. checkpoint.py does, and its command line leads to what is he
 """
 
 import contextlib
+import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -119,7 +121,7 @@ def models_in(root: Path) -> dict[Path, str]:
         raise FileNotFoundError(f"there is no folder {root}")
     found = {}
     for path in sorted(root.iterdir()):
-        with contextlib.suppress(PermissionError):  # somebody else's, such as lost+found
+        with contextlib.suppress(OSError):  # somebody else's, such as lost+found, or a marker that is a folder
             found[path] = status(path) if path.is_dir() else ""
     return {path: state for path, state in found.items() if state}
 
@@ -133,13 +135,26 @@ def holds(directory: Path, sha256: str) -> bool:
 
 
 def only_base_of(directory: Path) -> list[Path]:
-    """The LoRA directories beside a model that adapt the weights it has now, if those lie nowhere else beside it."""
-    found, others = {}, [path for path in models_in(directory.resolve().parent) if not path.samefile(directory)]
+    """The LoRA directories beside a model that adapt the weights it has now, if those lie nowhere else that one would
+    look: beside it, or where an adapter looks first."""
+    found, others = {}, []
+    for parent in {directory.absolute().parent, directory.resolve().parent}:
+        with contextlib.suppress(OSError):  # which nobody may list
+            others += [path for path in models_in(parent) if not path.samefile(directory)]
     for path in others:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             if is_lora(about := read_about(path)) and holds(directory, about["base"]["sha256"]):
-                found[path] = about["base"]["sha256"]
-    return [path for path, sha256 in found.items() if not any(holds(other, sha256) for other in others)]
+                found[path] = about["base"]["sha256"], _base_folder(path, about)
+    return [
+        path
+        for path, (sha256, own) in found.items()
+        if not any(holds(other, sha256) for other in [*others, own] if other.resolve() != directory.resolve())
+    ]
+
+
+def _base_folder(directory: Path, about: dict[str, Any]) -> Path:
+    """Where a LoRA directory's base lies, or did; the file itself may be a link to elsewhere."""
+    return Path(os.path.normpath(directory.resolve() / about["base"]["path"])).parent
 
 
 def contents(directory: Path) -> dict[Path, tuple[int, int]]:
@@ -238,13 +253,13 @@ def superseded(complete: list[Path]) -> dict[Path, str]:
             versions.setdefault(replace(name, version=""), []).append((order, path))
     found = {}
     for group in versions.values():
-        newest = max(group)[1]
-        best = read_about(newest)
-        for path in (path for _, path in group if path != newest):
+        paths = [path for _, path in sorted(group)]
+        for number, path in enumerate(paths):
             about = read_about(path)
-            run = STATE in about["files"] and STATE not in best["files"]
-            if _alike(about, best) and not run and about["best_val_loss"] >= best["best_val_loss"]:
-                found[path] = f"superseded by {newest.name}"
+            newer = [(other, read_about(other)) for other in paths[number + 1 :]]
+            fit = [(other, best) for other, best in newer if STATE in best["files"] or STATE not in about["files"]]
+            if fit and _alike(about, fit[-1][1]) and about["best_val_loss"] >= fit[-1][1]["best_val_loss"]:
+                found[path] = f"superseded by {fit[-1][0].name}"
     return found
 
 
@@ -289,18 +304,23 @@ def _may_need(path: Path, base: Path) -> bool:
                 return False
         if not is_lora(about):
             return False
-        folder = (path / about["base"]["path"]).parent  # the file may be a link to elsewhere
-        return folder.resolve().is_relative_to(base.resolve()) or holds(base, about["base"]["sha256"])
+        within = _base_folder(path, about).resolve().is_relative_to(base.resolve())
+        return within or holds(base, about["base"]["sha256"])
     return True  # it is being written, or nobody can read its marker
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.pruned{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def prune(root: Path, yes: bool) -> str:
     """Say which runs are torn or superseded, and with `yes` delete them. A run being written is left alone."""
     seen = {path: contents(path) for path in models_in(root)}  # first: what is saved from here on is not judged
     states = models_in(root)
-    # A link is another name of a model, and no version of it.
-    complete = [path for path, state in states.items() if state == "complete" and not path.is_symlink()]
-    torn = {path: _kept_though_torn(path) for path, state in states.items() if state == "torn"}
+    own = {path: state for path, state in states.items() if not path.is_symlink()}  # a link is only another name
+    complete = [path for path, state in own.items() if state == "complete"]
+    torn = {path: _kept_though_torn(path) for path, state in own.items() if state == "torn"}
     lines = [f"kept {path}: {why}" for path, why in torn.items() if why]
     older = superseded(complete)
     for path in [path for path in older if _strange(path)]:
@@ -318,8 +338,10 @@ def prune(root: Path, yes: bool) -> str:
             with files.lock(path):
                 if contents(path) != seen.get(path):
                     raise ValueError("it was written to meanwhile")
-                if yes:  # under another name, so that what cannot be deleted whole stays whole
-                    shutil.rmtree(path.rename(path.with_name(f"{path.name}.pruned")))
+                if yes:  # where it cannot be moved it cannot be deleted, and stays whole
+                    rest = path.rename(_free_name(path))
+                    shutil.rmtree(rest, ignore_errors=True)
+                    size += f"; what could not be deleted is in {rest}" if rest.exists() else ""
             lines.append(f"{'deleted' if yes else 'would delete'} {path} ({reason}, {size})")
         except (ValueError, OSError) as error:
             lines.append(f"kept {path}: {error}")

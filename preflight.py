@@ -143,10 +143,10 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
         problems.append(f"base={config.base}, but {directory} is no LoRA run")
     if state["iter_num"] < config.max_iters and (adapters := [path.name for path in only_base_of(directory)]):
         problems.append(
-            f"{', '.join(adapters)} adapts the weights of {directory}, which would be replaced: keep a copy beside it "
-            f"first (python checkpoint.py deploy {directory} {directory}-base), which is the adapter's --base then"
+            f"{', '.join(adapters)} adapts the weights of {directory}, which would be replaced: keep a copy beside it, "
+            f"the adapter's --base from then on (python checkpoint.py deploy {directory} {directory.resolve()}-base)"
         )
-    if state.get("threads") not in (None, torch.get_num_threads()):
+    if state.get("threads") not in (None, torch.get_num_threads()) and not torch.cuda.is_available():
         notes.append(
             f"the saved run computed with {state['threads']} threads and this one has {torch.get_num_threads()}: sums "
             "are rounded otherwise"

@@ -105,7 +105,7 @@ def sample(arguments: argparse.Namespace) -> None:
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             stop_tokens=tokenizer.stops,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=tokenizer.drawn,
             generator=generator,
         )
         show(stream, some, tokenizer, separate=first > 0)

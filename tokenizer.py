@@ -66,7 +66,8 @@ class Tokenizer:
     """A byte-level BPE in GPT-2's layout. Comes from `gpt2`, `train_bpe` or `Tokenizer.load`.
 
     name: what people call it; travels inside tokenizer.json.
-    vocab_size: number of ids; every id is below it.
+    vocab_size: number of ids; every id of a text is below it.
+    drawn: the same for ids that a model may write, of which some may end a turn and stand in no text.
     eot: id of `<|endoftext|>`, which separates documents. No text encodes to it.
     stops: ids after which a model has nothing more to say; eot comes first.
     """
@@ -74,7 +75,7 @@ class Tokenizer:
     def __init__(self, name: str, merges: Sequence[Merge]):
         self.name = name
         self.eot = len(_BYTES) + len(merges)
-        self.vocab_size = self.eot + 1
+        self.vocab_size = self.drawn = self.eot + 1
         self.stops = (self.eot,)
         self._merges = list(merges)
         self._tokens = [*(bytes([byte]) for byte in _BYTES), *(left + right for left, right in merges)]
@@ -236,7 +237,8 @@ class ForeignTokenizer(Tokenizer):
         self._prefix = np.array(whole[: len(whole) - len(bare)], dtype=np.uint32)
         # Special tokens that no text has may lie beyond the model's rows, as Gemma 3's for images do.
         ordinary = (i for i in vocabulary.values() if i not in self._special)
-        self.vocab_size = 1 + max(*ordinary, *self.stops, *self._prefix.tolist())
+        self.vocab_size = 1 + max(*ordinary, self.eot, *self._prefix.tolist())
+        self.drawn = max(self.vocab_size, *(1 + stop for stop in self.stops))
         self._library.encode_special_tokens = True  # despite its name: takes "</s>" in a text as plain text
 
     @cached_property

@@ -360,7 +360,7 @@ class Trainer:
                 top_k=50,
                 # Ranks that have shares compute each token together, so none may end before the others.
                 stop_tokens=() if self.shares else self.tokenizer.stops,
-                vocab_size=self.tokenizer.vocab_size,
+                vocab_size=self.tokenizer.drawn,
                 generator=generator,
             )[0, 1:].tolist()
         end = next((i for i, token in enumerate(ids) if token in self.tokenizer.stops), len(ids))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-VERSION = 1  # of the JSON; a newer one may hold what this code would misread
+VERSION = 2  # of the JSON; another one may mean something else by the same words
 
 
 class ModelFamily(Enum):
@@ -104,11 +104,13 @@ def to_json(spec: ModelSpec) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> ModelSpec:
-    """The spec of a parsed JSON file. Raises ValueError for what is none, or is of a later version."""
+    """The spec of a parsed JSON file. Raises ValueError for what is none, or is of another version."""
     if not isinstance(content, dict) or not isinstance(content.get("version"), int):
         raise ValueError("it is no spec of a model")
-    if content["version"] > VERSION:
-        raise ValueError(f"it is of version {content['version']}, and this code reads up to {VERSION}")
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"it is of version {content['version']}, and this code reads {VERSION}: register the model again"
+        )
     try:
         fields = {key: value for key, value in content.items() if key != "version"}
         parts = {

@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import kill_at_random_moments
 from safetensors.torch import load_file
+from test_families import gemma3_with_images
 
 import checkpoint
 import files
 import model_directory
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
-from model_directory import deploy, prune, read_about, superseded
+from model_directory import deploy, only_base_of, prune, read_about, superseded
 from naming import ModelName, size_label
 from weights import model_args
 
@@ -684,10 +685,61 @@ def test_prune_takes_no_link_for_a_version_and_no_copy_for_a_run(tmp_path):
     save(first)
     (tmp_path / "gpt-6K-x-pretrain-v2").symlink_to(first.name)
     deploy(first, tmp_path / "gpt-6K-x-pretrain-v3")
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "run" / "training_log.txt").write_text("x")
+    (tmp_path / "begun").symlink_to("elsewhere/run")
     assert prune(tmp_path, yes=True) == "nothing to prune"
+    (tmp_path / "begun").unlink()
+    shutil.rmtree(tmp_path / "elsewhere")
     save(tmp_path / "gpt-6K-x-pretrain-v4")
     prune(tmp_path, yes=True)
     assert sorted(path.name for path in tmp_path.iterdir() if path.exists()) == ["gpt-6K-x-pretrain-v4"]
+
+
+def adapter_of(base: Path, run: Path) -> None:
+    model_, _ = CheckpointManager.load_model(base, apply_lora=True)
+    reference = CheckpointManager.base_reference(base, run)
+    metadata = {"config": {}, "iter_num": 1, "best_val_loss": 1.0, "base": reference}
+    CheckpointManager.save_checkpoint(model_, run, metadata)
+
+
+def test_an_adapters_base_is_found_beside_a_link_and_beside_what_it_leads_to(tmp_path):
+    disk, models = tmp_path / "disk", tmp_path / "models"
+    save(disk / "run")
+    models.mkdir()
+    (models / "base").symlink_to(disk / "run")
+    adapter_of(models / "base", models / "adapter")
+    adapter_of(disk / "run", disk / "other")
+    assert {path.name for path in only_base_of(models / "base")} == {"adapter", "other"}
+    assert [path.name for path in only_base_of(disk / "run")] == ["other"]
+    (models / "export_meta.json").mkdir()
+    (models / "odd" / "export_meta.json").mkdir(parents=True)
+    assert {path.name for path in only_base_of(models / "base")} == {"adapter", "other"}
+    deploy(disk / "run", models / "copy")
+    assert only_base_of(models / "base") == []
+
+
+def test_an_adapter_of_a_copy_elsewhere_needs_no_other(tmp_path):
+    save(tmp_path / "models" / "run")
+    deploy(tmp_path / "models" / "run", tmp_path / "prod" / "base")
+    adapter_of(tmp_path / "prod" / "base", tmp_path / "models" / "adapter")
+    assert only_base_of(tmp_path / "models" / "run") == []
+
+
+def test_a_copy_as_the_newest_version_keeps_no_run_that_an_older_run_supersedes(tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"gpt-6K-x-pretrain-v{number}")
+    deploy(tmp_path / "gpt-6K-x-pretrain-v2", tmp_path / "gpt-6K-x-pretrain-v3")
+    assert {path.name: why for path, why in superseded(sorted(tmp_path.iterdir())).items()} == {
+        "gpt-6K-x-pretrain-v1": "superseded by gpt-6K-x-pretrain-v2"
+    }
+
+
+def test_an_adapter_for_a_model_with_images_has_its_paths_in_a_new_folder_too(tmp_path):
+    gemma3_with_images().save_pretrained(tmp_path / "base")
+    adapter_of(tmp_path / "base", tmp_path / "run")
+    names = load_file(tmp_path / "run" / "adapters" / "adapter_model.safetensors")
+    assert names and all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
 
 
 def test_prune_knows_a_base_by_its_weights_too_and_keeps_what_is_nobodys_run(tmp_path):

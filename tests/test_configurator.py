@@ -144,7 +144,10 @@ def test_auto_is_what_it_was_when_the_run_began():
     saved = vars(RunConfig()) | {"dtype": "bfloat16", "compile": "false", "device": "cpu"}
     merged, warnings, problems = merge_resumed(config, given, saved)
     assert (merged.dtype, merged.compile, merged.device) == ("bfloat16", "false", "auto")
-    assert warnings == problems == []
+    assert problems == [] and warnings == [
+        "dtype=auto (argument dtype=auto) is what it was when the run began, bfloat16",
+        "compile=auto (argument compile=auto) is what it was when the run began, false",
+    ]
 
 
 def test_nothing_is_no_text(tmp_path):

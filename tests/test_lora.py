@@ -206,6 +206,9 @@ def test_a_list_matches_the_ends_of_paths_and_a_string_is_a_regular_expression_f
         (r".*\.(attn|mlp)\..*", "q k v o gate up down"),
         (r"(?!.*\.(attn|lm_head)).*proj", "gate up down"),
         (r".*[./]attn[./].*", "q k v o"),
+        (r"(.*)attn\.(q|v)_proj", "q v"),
+        (r".*(self|encoder)[_]attn\.(q|v)_proj", "q v"),
+        (r".*[a-z_]attn\.k_proj", "k"),
     ],
 )
 def test_an_expression_that_excludes_sees_no_other_spelling_of_a_path(targets, leaves):
@@ -219,7 +222,12 @@ def test_an_expression_that_excludes_sees_no_other_spelling_of_a_path(targets, l
 def test_an_adapter_is_on_no_layer_that_a_model_never_calls():
     sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 1, "state_size": 4}
     mamba = MambaForCausalLM(MambaConfig(**sizes))
-    assert apply_lora(mamba, LoRAConfig()).matched == ("backbone.layers.0.mixer.in_proj",)
+    mixer = "backbone.layers.0.mixer."
+    assert {path.removeprefix(mixer) for path in apply_lora(mamba, LoRAConfig()).matched} == {
+        "in_proj",
+        "x_proj",
+        "out_proj",
+    }
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3))
     with pytest.raises(ValueError, match="match no layer that LoRA can adapt: targets entry 'shared'"):
         apply_lora(t5, LoRAConfig(targets=["shared"]), untie=True)

@@ -632,12 +632,13 @@ def test_ids_do_not_collide_whatever_is_in_them(registry, saved):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"version": 1, "mod', "Unterminated string"),
+        (b'{"version": 2, "mod', "Unterminated string"),
         (b"\xff\xff\xff", "decode"),
         (b"[]", "no spec of a model"),
-        (b'{"version": 99}', "it is of version 99, and this code reads up to 1"),
-        (b'{"version": 1, "parts": {}}', "no spec of a model: 'family'"),
-        (b'{"version": 1, "parts": {}, "family": "martian"}', "'martian' is not a valid ModelFamily"),
+        (b'{"version": 99}', "it is of version 99, and this code reads 2: register the model again"),
+        (b'{"version": 1}', "it is of version 1, and this code reads 2"),
+        (b'{"version": 2, "parts": {}}', "no spec of a model: 'family'"),
+        (b'{"version": 2, "parts": {}, "family": "martian"}', "'martian' is not a valid ModelFamily"),
     ],
 )
 def test_a_damaged_or_newer_file_is_ignored_with_a_reason(registry, saved, content, reason):
