@@ -39,6 +39,7 @@ from model_directory import (
     STATE,
     TOKENIZER,
     WEIGHTS,
+    base_folder,
     deploy,
     is_lora,
     list_models,
@@ -512,8 +513,8 @@ def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], finge
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
     base = reference["given"]  # which may be a hub id
     described = {"base": str(_locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}
-    lies = Path(os.path.normpath(directory.resolve() / reference["path"])).parent  # the directory may not be there yet
-    described |= {"fan_in_fan_out": transposed, "inside": families.has_images(lies)}
+    inside = families.has_images(base_folder(directory, reference))
+    described |= {"fan_in_fan_out": transposed, "inside": inside}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
 

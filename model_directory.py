@@ -144,7 +144,7 @@ def only_base_of(directory: Path) -> list[Path]:
     for path in others:
         with contextlib.suppress(ValueError, OSError):
             if is_lora(about := read_about(path)) and holds(directory, about["base"]["sha256"]):
-                found[path] = about["base"]["sha256"], _base_folder(path, about)
+                found[path] = about["base"]["sha256"], base_folder(path, about["base"])
     return [
         path
         for path, (sha256, own) in found.items()
@@ -152,9 +152,9 @@ def only_base_of(directory: Path) -> list[Path]:
     ]
 
 
-def _base_folder(directory: Path, about: dict[str, Any]) -> Path:
-    """Where a LoRA directory's base lies, or did; the file itself may be a link to elsewhere."""
-    return Path(os.path.normpath(directory.resolve() / about["base"]["path"])).parent
+def base_folder(directory: Path, reference: dict[str, str]) -> Path:
+    """Where the base of a LoRA directory, which need not be there yet, lies or did. The file may be a link."""
+    return Path(os.path.normpath(directory.resolve() / reference["path"])).parent
 
 
 def contents(directory: Path) -> dict[Path, tuple[int, int]]:
@@ -205,7 +205,6 @@ def deploy(directory: Path, destination: Path) -> str:
     others = [path for path in destination.glob("*") if not path.name.endswith(files.NEW)]  # a killed one's
     if there is None and others:
         raise ValueError(f"{destination} is not empty and holds no model: choose a new folder")
-
     if there is not None:
         _check_replaceable(destination, there, directory, about)
 
@@ -304,7 +303,7 @@ def _may_need(path: Path, base: Path) -> bool:
                 return False
         if not is_lora(about):
             return False
-        within = _base_folder(path, about).resolve().is_relative_to(base.resolve())
+        within = base_folder(path, about["base"]).resolve().is_relative_to(base.resolve())
         return within or holds(base, about["base"]["sha256"])
     return True  # it is being written, or nobody can read its marker
 
@@ -323,8 +322,9 @@ def prune(root: Path, yes: bool) -> str:
     torn = {path: _kept_though_torn(path) for path, state in own.items() if state == "torn"}
     lines = [f"kept {path}: {why}" for path, why in torn.items() if why]
     older = superseded(complete)
-    for path in [path for path in older if _strange(path)]:
-        lines.append(f"kept {path}: it is {older.pop(path)}, but {_strange(path)} is no file of a run")
+    for path, strange in [(path, _strange(path)) for path in older]:
+        if strange:
+            lines.append(f"kept {path}: it is {older.pop(path)}, but {strange} is no file of a run")
     for path in states:
         for base in [base for base in older if base != path and _may_need(path, base)]:
             lines.append(f"kept {base}: it is the base of {path.name}, or may be")

@@ -36,6 +36,7 @@ from data.format import (
     sha256_of,
     token_dtype,
 )
+from model_directory import CONFIG, HF_WEIGHTS, WEIGHTS
 from tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 20  # text that a thread encodes at a time; a few for every core are the bound on memory
@@ -212,7 +213,7 @@ class _TokenFile:
         return counts | self.file.entry()
 
 
-OF_A_MODEL = {files.MARKER, "config.json", "ckpt.pt", "model.safetensors"}  # ours or anybody's
+OF_A_MODEL = {files.MARKER, CONFIG, WEIGHTS, HF_WEIGHTS}  # ours or anybody's
 
 
 @contextmanager
