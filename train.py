@@ -439,9 +439,8 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
         left = "nothing" if trainer.evaluated_at == trainer.iter_num else "only the last evaluation"
         log.say(f"{left} is left to do: the run has its {config.max_iters:,} steps; a higher --max_iters goes on")
         return
-    first = (
-        "" if trainer.evaluated_at == trainer.iter_num else "with the first evaluation, before the first step; then "
-    )
+    due = trainer.iter_num % config.eval_interval == 0 and trainer.evaluated_at != trainer.iter_num
+    first = "with the first evaluation, before the first step; then " if due else ""
     log.say(
         f"saves come {first}every {config.eval_interval} steps"
         + (f" or {config.save_minutes:g} minutes" if config.save_minutes else "")
