@@ -40,8 +40,8 @@ OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # before every path: PEFT's two wrappers
 FINGERPRINT = "base_fingerprint"  # in the tensor file's own metadata, where PEFT does not mind it
 RANKS = "ranks_of_parts"  # there too: {fused layer: {part: rank}}, to take it apart as it was put together
-# What stands before the paths of a text model inside another, in place of what: in Transformers, since 4.52 and before.
-INSIDE = {"model.language_model.": r"^model\.", "language_model.": "^"}
+# What the paths of a text model begin with inside another, and by itself: in Transformers since 4.52, and before.
+INSIDE = {"model.language_model.": "model.", "language_model.": ""}
 
 # Keys of adapter_config.json that change nothing about an adapter whose tensors are there.
 NEUTRAL = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"}
@@ -207,12 +207,12 @@ def fingerprint_of(model: nn.Module, adapter: str | None = None) -> str:
 @torch.no_grad()
 def base_fingerprint(model: nn.Module, paths: Iterable[str], dtype: torch.dtype | None = None) -> str:
     """sha256 of the weights that an adapter adds to, and of no others: the same for one model in float32 and bfloat16,
-    with nn.Linear and with Transformers' Conv1D, in our directories and in others. `dtype`: of weights as they would be
-    if they were rounded to it first."""
+    with nn.Linear and with Transformers' Conv1D, in our directories and in others, inside a model with images and by
+    itself. `dtype`: of weights as they would be if they were rounded to it first."""
     digest, layers = hashlib.sha256(), _layers(model)
-    for path in sorted(paths):
+    for path in sorted(paths, key=_alone):
         weight = _weight(layers[path])
-        digest.update(f"{path} {tuple(weight.shape)}".encode())
+        digest.update(f"{_alone(path)} {tuple(weight.shape)}".encode())
         digest.update(raw_bytes(weight.to(dtype or weight.dtype).to(torch.bfloat16)))
     return digest.hexdigest()
 
@@ -345,8 +345,8 @@ def _parts(
         elif tensor.dim() != 2 or not tensor.isfinite().all():
             problems.append(f"{name} is no matrix of finite numbers")
         elif side == "base":  # PEFT saves a copy of an output head or embedding that has an adapter
-            own = _weight(layers[path])
-            if not own.is_meta and not torch.equal(tensor, own.to("cpu", tensor.dtype)):
+            weight = _weight(layers[path])
+            if not weight.is_meta and not torch.equal(tensor, weight.to("cpu", tensor.dtype)):
                 problems.append(f"{name} is not what this model has there")
         else:
             sides.setdefault(path, {})[side] = tensor
@@ -380,7 +380,14 @@ def _inside(layers: Collection[str], prefix: str | None) -> dict[str, str]:
     """{path in a model that has this one inside: path here}; the same ones where there is none, or this is it."""
     if prefix is None or any(path.startswith(prefix) for path in layers):
         return {path: path for path in layers}
-    return {re.sub(INSIDE[prefix], prefix, path): path for path in layers}
+    alone = INSIDE[prefix]
+    return {prefix + path.removeprefix(alone) if path.startswith(alone) else path: path for path in layers}
+
+
+def _alone(path: str) -> str:
+    """The path of a layer as the text model by itself has it."""
+    prefix = next((prefix for prefix in INSIDE if path.startswith(prefix)), "")
+    return INSIDE.get(prefix, "") + path.removeprefix(prefix)
 
 
 def _place(key: str, layers: dict[str, list[nn.Module]]) -> tuple[str, str | None]:

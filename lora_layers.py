@@ -16,8 +16,9 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
     "o_proj": "attn_vec_einsum",
 }
 
-# In an expression, a part of a path as Gemma's code has it: behind what may stand for more, self_attn may end so too.
-WHOLE_ATTN = r"(?<![*+?})\]])\battn\b|\[[./\\]+\]attn\b|\\battn\b"
+# In an expression, where a part of a path begins: what begins with attn there has the name that Gemma's code gives it.
+# Behind `.*` and the like it may be the end of self_attn.
+WHOLE_ATTN = r"(^|[./]|\\b|\[[./\\]+\])(\((\?:)?(\w+\|)*)?attn\b"
 
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

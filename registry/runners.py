@@ -59,14 +59,14 @@ class Order:
 class EncoderModelRunner(BaseModelRunner):
     """BERT and its relatives. extra: pooler_output where the checkpoint has a pooler and no head; attentions.
 
-    Padding may be on either side; a token inside that is masked keeps its position.
+    Padding may be on either side; a token of the text that is masked keeps its position.
     """
 
     arch = ENCODER
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        order = Order(mask.cumsum(dim=1) == 0)
+        order = Order((mask.cumsum(dim=1) == 0) & (ids == self.tokenizer.pad_token_id))
         found = self._call(order.apply(batch))
         extra = self._captured(attentions=getattr(found, "attentions", None))
         pooled = getattr(found, "pooler_output", None)
@@ -91,8 +91,9 @@ class DecoderModelRunner(BaseModelRunner):
 
     def _run(self, batch: dict[str, Tensor], layers: Sequence[int] | None, logits: bool) -> ModelOutputs:
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        order = Order(mask == 0)
-        if isinstance(self.model, GPT):
+        ours = isinstance(self.model, GPT)
+        order = Order((mask == 0) & (not ours))
+        if ours:
             states: list[Tensor] = []
             weights: list[Tensor] | None = [] if self.capture_attentions else None
             self.model(ids, attention_mask=None if mask.all() else mask, hidden_states=states, attentions=weights)
@@ -104,8 +105,7 @@ class DecoderModelRunner(BaseModelRunner):
             states, weights = outputs.hidden_states, getattr(outputs, "attentions", None)
             found = getattr(outputs, "logits", None) if logits else None
         states, extra = self._kept(states, layers, ids.size(1)), self._captured(attentions=weights)
-        outputs = ModelOutputs(ids, mask, found, None, states, extra)
-        return outputs if isinstance(self.model, GPT) else order.undo_all(outputs)
+        return order.undo_all(ModelOutputs(ids, mask, found, None, states, extra))
 
 
 class Seq2SeqModelRunner(BaseModelRunner):
@@ -125,7 +125,7 @@ class Seq2SeqModelRunner(BaseModelRunner):
         if "decoder_attention_mask" in batch:
             decoder["decoder_attention_mask"] = batch["decoder_attention_mask"]
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        order = Order(mask.cumsum(dim=1) == 0)
+        order = Order((mask.cumsum(dim=1) == 0) & (ids == self.tokenizer.pad_token_id))
         encoder = order.apply({key: batch[key] for key in BaseModelRunner.takes if key in batch})
         found = self._call({**encoder, **decoder, "use_cache": False})
         names = ("encoder_attentions", "decoder_attentions", "cross_attentions")

@@ -233,6 +233,20 @@ def test_what_peft_trained_inside_a_model_with_images_opens_on_its_text_model(tm
         torch.testing.assert_close(model(x, x)[0], made(input_ids=x).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_base_is_the_same_one_by_itself_and_inside_a_model_with_images(tmp_path):
+    gemma3_with_images().save_pretrained(tmp_path / "base")
+    ours, x = load_pretrained(tmp_path / "base").eval(), tokens(2, 12)
+    inside = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    for model, other in ((ours, inside), (inside, ours)):
+        apply_lora(model, LoRAConfig(rank=2, targets=r".*language_model.*[qv]_proj|model\.layers.*[qv]_proj"))
+        save_adapters(trained(model), tmp_path / "adapter", base=str(tmp_path / "base"))
+        load_adapters(other, tmp_path / "adapter")
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x, x)[0], inside(input_ids=x).logits, atol=1e-5, rtol=1e-5)
+        for adapted in (ours, inside):
+            remove_lora(adapted)
+
+
 def test_the_files_hold_what_peft_needs_and_are_readable_by_others(tmp_path):
     model = gpt2()
     apply_lora(model, LoRAConfig(rank=4, targets=["c_attn"]))

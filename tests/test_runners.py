@@ -172,11 +172,12 @@ def test_an_encoders_padding_may_be_on_the_left(tmp_path, kind, settings, head):
         else:
             close(found.logits[row][real[row]], alone.logits[0])
     close(left.embed(TEXTS), right.embed(TEXTS))
-    with torch.no_grad():  # what is masked inside a text keeps its place
-        masked = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([[1, 0, 1, 1]])}
-        states = left.model(**masked, output_hidden_states=True)
-    expected = states.encoder_hidden_states if kind == "Bart" else states.hidden_states
-    all_close(left.forward(masked).encoder_hidden_states, expected)
+    for mask in ([1, 0, 1, 1], [0, 1, 1, 1]):  # a token of the text that is masked keeps its place
+        masked = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.tensor([mask])}
+        with torch.no_grad():
+            states = left.model(**masked, output_hidden_states=True)
+        expected = states.encoder_hidden_states if kind == "Bart" else states.hidden_states
+        all_close(left.forward(masked).encoder_hidden_states, expected)
 
 
 @pytest.mark.parametrize("name", DECODERS)
