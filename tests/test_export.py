@@ -1,4 +1,4 @@
-"""export.py: Transformers reads the GGUF file to the same logits, and the tokenizer in it to the same ids."""
+"""export.py: llama.cpp and Transformers read the GGUF file to the same logits, and its tokenizer to the same ids."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import xllamacpp
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,6 +73,30 @@ def test_the_tokenizer_in_it_gives_the_same_ids_and_the_rows_without_a_token_are
         assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_reads_it_to_the_same_probabilities_of_the_same_text(kind, dtype, dataset, tmp_path):
+    model, text = saved(tmp_path / "model", dataset, **MODELS[kind]), "the gradient shows  3.14\n\nGröße π x²"
+    export.to_gguf(tmp_path / "model", tmp_path / "m.gguf", dtype)
+    ids = Tokenizer.load(dataset / "tokenizer.json").encode(text)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0][0, -1].log_softmax(dim=0)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = str(tmp_path / "m.gguf"), 64, 1, -1
+    server = xllamacpp.Server(settings)
+    # It tells the probabilities beside a token that is a character: here an "a", and of all tokens before that rule.
+    asked = {"n_predict": 1, "n_probs": 330, "temperature": 0, "grammar": 'root ::= "a"'}
+    for prompt in (text, ids):
+        answer = server.handle_completions({"prompt": prompt, **asked})
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        (drawn,) = answer["choices"][0]["logprobs"]["content"]
+        found = torch.full((330,), float("nan"))
+        for entry in drawn["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        # It keeps keys and values in float16, and quantises what a bfloat16 weight is multiplied by.
+        torch.testing.assert_close(found, expected, atol=5e-3 if dtype == "float32" else 0.1, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_matrices_are_rounded_and_vectors_are_not(dtype, dataset, tmp_path):
     model = saved(tmp_path / "model", dataset, **MODELS["llama"])
@@ -121,6 +146,7 @@ def test_an_adapter_is_merged_on_the_way(dataset, tmp_path):
         ({**LLAMA, "logit_softcap": 30.0, "post_norms": True}, "does not hold logit_softcap, post_norms"),
         ({**LLAMA, "activation": "gelu_tanh"}, "activation=gelu_tanh"),
         ({**LLAMA, "sliding_window": 8}, "sliding_window"),
+        ({**LLAMA, "qkv_bias": True, "head_size": 16}, "4 heads of 16 in a width of 32"),
     ],
 )
 def test_what_the_format_does_not_hold_is_refused_and_nothing_is_written(changes, words, dataset, tmp_path, script):
