@@ -26,6 +26,7 @@ from typing import Any
 
 import files
 import script
+from housekeeping import deploy, list_models, prune, show
 from model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -40,13 +41,9 @@ from model_directory import (
     TOKENIZER,
     WEIGHTS,
     base_folder,
-    deploy,
     is_lora,
-    list_models,
     model_card,
-    prune,
     read_about,
-    show,
     status,
 )
 

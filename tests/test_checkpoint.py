@@ -18,10 +18,11 @@ from test_families import gemma3_with_images
 
 import checkpoint
 import files
-import model_directory
+import housekeeping
 from checkpoint import CheckpointManager
+from housekeeping import deploy, prune, superseded
 from model import GPT, GPTConfig
-from model_directory import deploy, only_base_of, prune, read_about, superseded
+from model_directory import only_base_of, read_about
 from naming import ModelName, size_label
 from weights import model_args
 
@@ -573,7 +574,7 @@ def test_prune_keeps_the_weights_that_lie_in_shards(tmp_path):
 
 @pytest.mark.parametrize("before", ["a log", "an older version"])
 def test_prune_keeps_what_is_saved_while_it_looks(tmp_path, monkeypatch, before):
-    path, size = tmp_path / "gpt-6K-x-pretrain", model_directory.size_on_disk
+    path, size = tmp_path / "gpt-6K-x-pretrain", housekeeping.size_on_disk
     save(tmp_path / "gpt-6K-x-pretrain-v2")
     if before == "a log":
         path.mkdir()
@@ -585,7 +586,7 @@ def test_prune_keeps_what_is_saved_while_it_looks(tmp_path, monkeypatch, before)
         save(path, loss=1.0)
         return size(directory)
 
-    monkeypatch.setattr(model_directory, "size_on_disk", meanwhile)
+    monkeypatch.setattr(housekeeping, "size_on_disk", meanwhile)
     assert "it was written to meanwhile" in prune(tmp_path, yes=True)
     assert CheckpointManager.verify(path) == []
 
@@ -790,8 +791,8 @@ def test_a_deployment_that_was_killed_is_no_model(tmp_path):
 def test_prune_reads_no_folders_but_those_of_models(tmp_path, monkeypatch):
     save(tmp_path / "m")
     (tmp_path / "others" / "deep").mkdir(parents=True)
-    read, contents = [], model_directory.contents
-    monkeypatch.setattr(model_directory, "contents", lambda path: read.append(path) or contents(path))
+    read, contents = [], housekeeping.contents
+    monkeypatch.setattr(housekeeping, "contents", lambda path: read.append(path) or contents(path))
     prune(tmp_path, yes=False)
     assert read == [tmp_path / "m"]
 
