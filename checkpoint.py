@@ -33,6 +33,7 @@ from model_directory import (
     ADAPTERS,
     CARD,
     CONFIG,
+    HF_FILES,
     HF_WEIGHTS,
     MODEL_ARGS,
     SHARD,
@@ -42,6 +43,7 @@ from model_directory import (
     WEIGHTS,
     base_folder,
     is_lora,
+    locate,
     model_card,
     read_about,
     status,
@@ -51,24 +53,21 @@ from model_directory import (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Look after model directories.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, help in (("list", "a table of the models"), ("prune", "remove torn and superseded runs")):
-        sub = commands.add_parser(command, help=help)
-        sub.add_argument(
-            "root", nargs="?", type=files.expanded, default=Path("models"), help="folder of models (default: models)"
-        )
-    sub.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
-    for command, help in (
-        ("show", "print export_meta.json"),
-        ("verify", "check every file's hash"),
-        ("deploy", "copy the best weights"),
-    ):
-        sub = commands.add_parser(command, help=help)
-        sub.add_argument("directory", type=files.expanded, help="a model directory")
-        if command == "verify":
-            sub.add_argument(
-                "--base", type=files.expanded, help="where a LoRA directory's base lies now, if it was moved"
-            )
-    sub.add_argument("destination", type=files.expanded, help="a new folder, or where this model was deployed before")
+    listing = commands.add_parser("list", help="a table of the models")
+    pruning = commands.add_parser("prune", help="remove torn and superseded runs")
+    showing = commands.add_parser("show", help="print export_meta.json")
+    verifying = commands.add_parser("verify", help="check every file's hash")
+    deploying = commands.add_parser("deploy", help="copy the best weights")
+    root = {"nargs": "?", "default": Path("models"), "help": "folder of models (default: models)"}
+    for command in (listing, pruning):
+        command.add_argument("root", type=files.expanded, **root)
+    for command in (showing, verifying, deploying):
+        command.add_argument("directory", type=files.expanded, help="a model directory")
+    pruning.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
+    moved = "where a LoRA directory's base lies now, if it was moved"
+    verifying.add_argument("--base", type=files.expanded, help=moved)
+    copied = "a new folder, or where this model was deployed before"
+    deploying.add_argument("destination", type=files.expanded, help=copied)
     return parser.parse_args(arguments)
 
 
@@ -81,8 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
         actions = {
             "list": lambda: list_models(arguments.root),
             "prune": lambda: prune(arguments.root, arguments.yes),
-            "show": lambda: show(_locate(arguments.directory)[0]),
-            "deploy": lambda: deploy(_locate(arguments.directory)[0], arguments.destination),
+            "show": lambda: show(locate(arguments.directory)[0]),
+            "deploy": lambda: deploy(locate(arguments.directory)[0], arguments.destination),
         }
         print(actions[arguments.command]())
     except (ValueError, OSError) as error:
@@ -96,7 +95,8 @@ def main(arguments: argparse.Namespace) -> int:
 if __name__ == "__main__":
     script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
-    if ARGUMENTS.command in ("list", "prune"):  # nor do these: they open no weights
+    if ARGUMENTS.command != "verify":  # nor do these: they open no weights
+        script.ready()
         sys.exit(main(ARGUMENTS))
 
 import numpy
@@ -210,7 +210,7 @@ class CheckpointManager:
         if lora_config and not apply_lora:
             raise ValueError("lora_config is given, but apply_lora is not true")
         check_device(device)
-        directory, name = _locate(path)
+        directory, name = locate(path)
         if base and not is_lora(files.read_marker(directory)):
             raise ValueError(f"{directory} holds a whole model, so it has no base ({base})")
         read = partial(_load_weights, directory, name, base, device, mapped)
@@ -242,7 +242,7 @@ class CheckpointManager:
         With `in_shares`, for processes that will hold a part each: tensors stay in a mapped file, and of a state that
         lies in shards there are none; `shards_of` gives these.
         """
-        directory, _ = _locate(path)
+        directory, _ = locate(path)
 
         def read(marker: dict[str, Any] | None) -> dict[str, Any]:
             state = _load(directory, STATE, device, mapped=in_shares)
@@ -272,7 +272,7 @@ class CheckpointManager:
     @staticmethod
     def base_reference(base: str | Path, directory: str | Path) -> dict[str, str]:
         """What a LoRA run in `directory` remembers of the model it adapts: relative path and sha256 of its weights."""
-        folder, name = _locate(base)
+        folder, name = locate(base)
         # The file itself may be a link into a store of nameless blobs, as in Hugging Face's cache.
         path = folder.resolve() / name
         with contextlib.suppress(ValueError):  # from another drive of Windows there is no way
@@ -295,7 +295,7 @@ class CheckpointManager:
             raise ValueError(f"{directory} is no LoRA directory, so it has no base")
         expected, path = about["base"]["sha256"], Path(base) if base else directory / about["base"]["path"]
         try:
-            found = _sha256(*_locate(path))
+            found = _sha256(*locate(path))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{directory} needs its base, and there is none at {path}: {Path(about['base']['path']).name} with "
@@ -328,19 +328,19 @@ class CheckpointManager:
     @staticmethod
     def is_foreign(path: str | Path) -> bool:
         """Whether a model directory is Hugging Face's and not ours, nor nanoGPT's."""
-        return _locate(path)[1] in hub.WEIGHTS
+        return locate(path)[1] in HF_FILES
 
     @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
         """The tokenizer.json of a model directory, for `Tokenizer.load`, or None where it has none (nanoGPT's)."""
-        stored = _locate(path)[0] / TOKENIZER
+        stored = locate(path)[0] / TOKENIZER
         return stored if files.exists(stored) else None
 
     @staticmethod
     def verify(path: str | Path, base: str | Path | None = None) -> list[str]:
         """Every problem of a model directory: damaged or missing files, unreadable weights, others in model.safetensors
         than in ckpt.pt. Empty when it is sound."""
-        directory, _ = _locate(path)
+        directory, _ = locate(path)
         before, weights = files.in_force(directory), files.find(directory, HF_WEIGHTS)
         if (marker := before[0]) is None:
             return [f"{directory} has no {files.MARKER}: it is torn, or nothing of ours"]
@@ -398,7 +398,7 @@ def _sha256(directory: Path, name: str) -> str:
     if name in files.listed(marker):
         return marker["files"][name]["sha256"]
     digests = []
-    for path in hub.weight_files(directory, name) if name in hub.WEIGHTS else [directory / name]:
+    for path in hub.weight_files(directory, name) if name in HF_FILES else [directory / name]:
         with open(path, "rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -415,7 +415,7 @@ def _load_weights(
     """The model, and what is saved with it."""
     if is_lora(marker):
         return _load_adapted(directory, marker, base, device, mapped)
-    if name in hub.WEIGHTS:
+    if name in HF_FILES:
         ours = name in files.listed(marker)
         with files.open_verified(directory, name) if ours else contextlib.nullcontext():
             model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
@@ -441,24 +441,6 @@ def _load_adapted(
         "iter_num": (about.get("best") or about)["iter_num"],
         "best_val_loss": about["best_val_loss"],
     }
-
-
-def _locate(path: str | Path) -> tuple[Path, str]:
-    """(directory, file of weights) for a directory or a file of weights in it. Ours and nanoGPT's have a ckpt.pt."""
-    path = files.expanded(path)
-    named = not path.is_dir() and (path.suffix == ".pt" or path.name in hub.WEIGHTS)
-    directory, name = (path.parent, path.name) if named else (path, WEIGHTS)
-    if not named and not (directory / WEIGHTS).exists() and (directory / CONFIG).exists():
-        there = (name for name in hub.WEIGHTS if (directory / name).exists())
-        name = WEIGHTS if (directory / files.MARKER).exists() else next(there, WEIGHTS)
-    if path.parts[-2:] == tuple(STATE.split("/")):
-        directory, name = path.parent.parent, STATE
-    if not directory.is_dir():
-        near = sorted({p.parent.name for file in (WEIGHTS, files.MARKER) for p in directory.parent.glob(f"*/{file}")})
-        raise FileNotFoundError(
-            f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
-        )
-    return directory, name
 
 
 def _superseded(directory: Path, shards: dict[str, Any] | None) -> list[str]:
@@ -509,7 +491,7 @@ def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], finge
     # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
     base = reference["given"]  # which may be a hub id
-    described = {"base": str(_locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}
+    described = {"base": str(locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}
     inside = families.has_images(base_folder(directory, reference))
     described |= {"fan_in_fan_out": transposed, "inside": inside}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)

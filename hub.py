@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import files
+from model_directory import HF_FILES
 from words import first_line
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # What is downloaded of a model: no weights in another format twice. A folder with a number is sentence-transformers'.
 WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]
@@ -55,7 +54,7 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files
     fetch = partial(snapshot_download, str(path_or_hub_id), revision=revision, local_files_only=local_files_only)
     try:
         folder = Path(fetch(allow_patterns=WANTED))
-        if not any((folder / name).exists() for name in WEIGHTS):
+        if not any((folder / name).exists() for name in HF_FILES):
             fetch(allow_patterns=["pytorch_model*.bin"])
     except (OSError, ValueError) as error:
         how = "; local_files_only=False would download it" if local_files_only else f": {error}"
@@ -77,10 +76,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     """The files that hold a model's tensors: one, or an index and the shards that it names. Safetensors come first,
-    where none of WEIGHTS is named."""
-    name = name or next((name for name in WEIGHTS if (folder / name).exists()), None)
+    where none of HF_FILES is named."""
+    name = name or next((name for name in HF_FILES if (folder / name).exists()), None)
     if name is None:
-        raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{folder} has none of {', '.join(HF_FILES)}")
     if not name.endswith(".index.json"):
         return [folder / name]
     shards = read_json(folder / name).get("weight_map")

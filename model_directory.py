@@ -21,6 +21,7 @@ ADAPTER_WEIGHTS = f"{ADAPTERS}/adapter_model.safetensors"
 MODEL_ARGS = "model_args.json"
 CONFIG = "config.json"  # the run's and, where there are weights, Hugging Face's: hugging_face.py
 HF_WEIGHTS = "model.safetensors"
+HF_FILES = (HF_WEIGHTS, f"{HF_WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # of anybody's
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -65,6 +66,25 @@ def model_card(about: dict[str, Any], arguments: dict[str, Any]) -> str:
         f'model = CheckpointManager.load_model_for_inference("models/{about["name"]}")\n```\n'
         + (f"\n```bash\n{use}\n```\n" if use else "")
     )
+
+
+def locate(path: str | Path) -> tuple[Path, str]:
+    """(directory, file of weights) for a directory or a file of weights in it. Ours and nanoGPT's have a ckpt.pt."""
+    path = files.expanded(path)
+    if path.parts[-2:] == tuple(STATE.split("/")):
+        directory, name = path.parent.parent, STATE
+    elif not path.is_dir() and (path.suffix == ".pt" or path.name in HF_FILES):
+        directory, name = path.parent, path.name
+    else:
+        directory, name = path, WEIGHTS
+        if (path / CONFIG).exists() and not any((path / ours).exists() for ours in (WEIGHTS, files.MARKER)):
+            name = next((name for name in HF_FILES if (path / name).exists()), WEIGHTS)
+    if not directory.is_dir():
+        near = sorted({p.parent.name for file in (WEIGHTS, files.MARKER) for p in directory.parent.glob(f"*/{file}")})
+        raise FileNotFoundError(
+            f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
+        )
+    return directory, name
 
 
 def read_about(directory: Path) -> dict[str, Any] | None:

@@ -247,7 +247,7 @@ def _why_not_online(local_files_only: bool) -> str:
 def _folder(path: str | Path) -> Path:
     """The folder that a path names: itself, or that of the file of weights it is."""
     path = files.expanded(path)
-    return path.parent if path.name in (model_directory.WEIGHTS, *hub.WEIGHTS) and path.is_file() else path
+    return path.parent if path.name in (model_directory.WEIGHTS, *model_directory.HF_FILES) and path.is_file() else path
 
 
 # ---- what counts as a model
