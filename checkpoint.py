@@ -72,24 +72,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        if arguments.command == "verify":
-            problems = CheckpointManager.verify(arguments.directory, arguments.base)
-            print("\n".join(problems) or f"{arguments.directory} is sound")
-            return 1 if problems else 0
-        actions = {
-            "list": lambda: list_models(arguments.root),
-            "prune": lambda: prune(arguments.root, arguments.yes),
-            "show": lambda: show(locate(arguments.directory)[0]),
-            "deploy": lambda: deploy(locate(arguments.directory)[0], arguments.destination),
-        }
-        print(actions[arguments.command]())
-    except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    def verify() -> int:
+        problems = CheckpointManager.verify(arguments.directory, arguments.base)
+        print("\n".join(problems) or f"{arguments.directory} is sound")
+        return 1 if problems else 0
+
+    commands = {
+        "list": lambda: print(list_models(arguments.root)),
+        "prune": lambda: print(prune(arguments.root, arguments.yes)),
+        "show": lambda: print(show(locate(arguments.directory)[0])),
+        "deploy": lambda: print(deploy(locate(arguments.directory)[0], arguments.destination)),
+        "verify": verify,
+    }
+    return script.run("checkpoint.py", commands[arguments.command])
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Text:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
+    def work() -> None:
         report = compare(arguments)
         print(as_text(report), flush=True)
         if arguments.json:
@@ -120,12 +120,8 @@ def main(arguments: argparse.Namespace) -> int:
         out = arguments.out or Path(f"{report['A']['name']}-vs-{report['B']['name']}.png")
         files.write_atomic(out, as_picture(report))
         print(f"\npicture: {out}")
-    except (ValueError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return script.run("compare.py", work)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -80,15 +80,10 @@ SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
+    def work() -> None:
         print(to_gguf(folder_of(arguments.directory), arguments.out, arguments.dtype, arguments.base))
-    except (ValueError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return script.run("export.py", work, "nothing was written")
 
 
 def to_gguf(directory: Path, out: Path | None = None, dtype: str = "float32", base: Path | None = None) -> str:

@@ -69,19 +69,11 @@ ELSEWHERE = "name another folder, say with -v2 at the end, or remove it"
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        print(
-            merge(
-                folder_of(arguments.directory), arguments.destination, arguments.base, arguments.dtype, arguments.data
-            )
-        )
-    except (ValueError, OSError) as error:
-        print(f"merge_lora.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("merge_lora.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    def work() -> None:
+        directory = folder_of(arguments.directory)
+        print(merge(directory, arguments.destination, arguments.base, arguments.dtype, arguments.data))
+
+    return script.run("merge_lora.py", work, "nothing was written")
 
 
 def merge(

@@ -70,16 +70,13 @@ ROWS = 8  # texts generated at a time, for hardly more than the price of one
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        sample(arguments)
-    except BrokenPipeError:  # `| head` has read enough
-        sys.stdout = None
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    def work() -> None:
+        try:
+            sample(arguments)
+        except BrokenPipeError:  # `| head` has read enough
+            sys.stdout = None
+
+    return script.run("sample.py", work)
 
 
 def sample(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 
 
 def begin() -> None:
@@ -21,3 +22,17 @@ def ready() -> None:
     """After them: Ctrl-C is a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run(name: str, work: Callable[[], int | None], interrupted: str = "") -> int:
+    """Do the work of the script `name`, and return its exit code: what `work` gives, or 0 for None; 1 with one sentence
+    on stderr for what a user has caused; 130 after Ctrl-C, which `interrupted` may say a word about."""
+    try:
+        return work() or 0
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if interrupted:
+            print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
+        return 130
