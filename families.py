@@ -373,8 +373,7 @@ def load_state(
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[tokens]
     model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embedding.weight  # assigning has parted them
+    model.tie_head()
     return model
 
 

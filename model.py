@@ -223,9 +223,13 @@ class GPT(Generation, nn.Module):
                 }
             )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = tokens.weight
+        self.tie_head()
         self.apply(self._init_weights)
+
+    def tie_head(self) -> None:
+        """Have the head share the token embedding's weight where it is to; assigning tensors to the two parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation."""

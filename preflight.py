@@ -163,8 +163,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     elif state["model"]:
         model = build_model({**state, "model_args": asdict(architecture)}, directory)
     else:  # it lies in shards, and the trainer fills it from there
-        with torch.device("meta"):
-            model = GPT(architecture)
+        model = on_meta(architecture)
     if len(state["generators"]) != (readers := Mesh.parse(config.mesh_shape, ranks.size).readers):
         notes.append(
             f"{len(state['generators'])} process(es) divided the batch of this run, and now {readers}: dropout draws "

@@ -20,7 +20,7 @@ import lora
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from distributed import Ranks
-from model import GPT
+from model import GPT, on_meta
 from model_directory import SHARDS
 from parallel import Cut, parallelize, partial
 from state_in_shares import Pieces, load, put_together, stage
@@ -121,8 +121,7 @@ class Shares:
 
     def consolidated(self, directory: Path, filled: bool) -> GPT:
         """On rank 0: the whole model that has just been staged, or, if not to be `filled`, one without numbers."""
-        with torch.device("meta"):
-            model = GPT(self.model.config)
+        model = on_meta(self.model.config)
         if lora.adapter_names(self.model):
             lora.apply_lora(model, self.config.lora_config(), dtype=torch.float32, untie=self.config.lora_untie)
         if filled:
@@ -131,8 +130,7 @@ class Shares:
             for saved, tensor in put_together(index, lambda name: files.staged_name(directory / name), names).items():
                 path, _, own = names[saved].rpartition(".")
                 setattr(model.get_submodule(path), own, nn.Parameter(tensor))
-            if model.config.tie_word_embeddings:
-                model.lm_head.weight = model.embedding.weight
+            model.tie_head()
         return model
 
     def _weights(self) -> dict[str, Pieces]:

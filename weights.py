@@ -62,7 +62,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
         raise ValueError(f"{source} has model_args that are no numbers of a model: {error}") from None
     expected = model.state_dict()
     if model.config.tie_word_embeddings:
-        _check_tied(state, source, "transformer.wte" if model.config.block == "gpt2" else "model.embed_tokens")
+        _complete_tied(state, source, "transformer.wte" if model.config.block == "gpt2" else "model.embed_tokens")
     problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
     problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
     problems += [
@@ -73,8 +73,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     if problems:
         raise ValueError(f"{source} does not hold the model its model_args describe: {first_few(sorted(problems))}")
     model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embedding.weight  # assigning has parted them
+    model.tie_head()
     return model
 
 
@@ -96,10 +95,13 @@ def _plain_name(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def _check_tied(state: dict[str, Tensor], source: Path, tokens: str) -> None:
+def _complete_tied(state: dict[str, Tensor], source: Path, tokens: str) -> None:
+    """Give the head the token embedding's tensor where a file holds it once. Raises ValueError for two that differ."""
     wte, head = state.get(f"{tokens}.weight"), state.get("lm_head.weight")
-    if wte is None or head is None:
-        state.update({"lm_head.weight": wte} if head is None and wte is not None else {})
+    if wte is None:
+        return  # which is a problem of its own
+    if head is None:
+        state["lm_head.weight"] = wte
     elif wte.device.type != "meta" and wte.shape == head.shape and not torch.equal(wte, head):
         raise ValueError(f"{source} says that lm_head shares the token embedding, but its two tensors differ")
 

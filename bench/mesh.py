@@ -42,7 +42,7 @@ from distributed import Ranks
 from files import write_atomic
 from logbook import duration
 from mesh import AXES, Mesh, mesh_problems
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 from parallel import cuts, partial
 from preflight import count_parameters
 
@@ -101,8 +101,7 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
     embedding is summed forward, the head's input backward, and the loss takes three numbers a token. At the end of the
     step gradients are summed of which each rank has a part.
     """
-    with torch.device("meta"):
-        model = GPT(architecture)
+    model = on_meta(architecture)
     held, in_blocks = cuts(model, mesh.tp, 0), {id(p) for p in model.blocks.parameters()}
     blocks = outside = 0  # numbers of this rank of tp; FSDP2 fills the rows of each up to a multiple of fsdp
     for name, parameter in model.named_parameters():

@@ -52,7 +52,7 @@ from configurator import PRESETS, RunConfig
 from files import write_atomic
 from logbook import duration
 from lora import LoRAConfig, apply_lora
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, on_meta
 from preflight import count_parameters
 
 SETTINGS = ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
@@ -98,9 +98,8 @@ def expected_seconds(names: list[str], config: RunConfig, steps: int, new_tokens
 
 def weights_per_token(architecture: GPTConfig) -> int:
     """In the matrix products of one token: all matrices but the embeddings, which are looked up."""
-    with torch.device("meta"):
-        model = GPT(architecture)
-    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    layers = on_meta(architecture).modules()
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
 def operations(architecture: GPTConfig, group: str) -> int:
