@@ -199,9 +199,9 @@ def _commonest(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def fingerprint_of(model: nn.Module, adapter: str | None = None) -> str:
-    """`base_fingerprint` of what the adapter adds to."""
-    return base_fingerprint(model, _fuse(model, lora.adapters_of(model, adapter))[0])
+def fingerprint_of(model: nn.Module) -> str:
+    """`base_fingerprint` of what the active adapter adds to."""
+    return base_fingerprint(model, _fuse(model, lora.adapters_of(model, None))[0])
 
 
 @torch.no_grad()
@@ -335,9 +335,10 @@ def _parts(
     model: nn.Module, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{path: (A, B, alpha)}. Raises ValueError for a tensor without a place here and a targeted layer without one."""
-    own, sides, problems = _layers(model), {}, []
-    paths = _paths_there(own, tensors)
-    layers = {there: own[path] for there, path in paths.items()}
+    here, sides, problems = _layers(model), {}, []
+    used = (prefix for prefix in INSIDE if any(name.startswith(PREFIX + prefix) for name in tensors))
+    paths = _inside(here, next(used, None))
+    layers = {there: here[path] for there, path in paths.items()}
     for name, tensor in tensors.items():
         path, side = _place(name.removeprefix(PREFIX), layers)
         if not name.startswith(PREFIX) or side is None:
@@ -368,12 +369,6 @@ def _parts(
         parts[paths[path]] = pair["A"], pair["B"], alpha
     lora.raise_some("its tensors are not an adapter of this model", problems)
     return parts
-
-
-def _paths_there(layers: Collection[str], tensors: Collection[str]) -> dict[str, str]:
-    """{path in a file: path here}."""
-    used = (prefix for prefix in INSIDE if any(name.startswith(PREFIX + prefix) for name in tensors))
-    return _inside(layers, next(used, None))
 
 
 def _inside(layers: Collection[str], prefix: str | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import files
 import script
 from housekeeping import deploy, list_models, prune, show
 from model_directory import (
+    A_SHARD,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ADAPTERS,
@@ -36,7 +38,6 @@ from model_directory import (
     HF_FILES,
     HF_WEIGHTS,
     MODEL_ARGS,
-    SHARD,
     SHARDS,
     STATE,
     TOKENIZER,
@@ -176,8 +177,8 @@ class CheckpointManager:
         writers = {name: _write_bytes(data) for name, data in small.items()}
         if best and not adapted:
             writers[WEIGHTS] = lambda file: torch.save(common, file)
-        if best and not adapted and not why_not:
-            writers[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
+            if not why_not:
+                writers[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
         if training_state is not None:
             weights = {"model": {}} if shards else {}
             writers[STATE] = lambda file: torch.save({**common, **weights, **training_state}, file)
@@ -251,11 +252,11 @@ class CheckpointManager:
     def shards_of(directory: Path, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
         """The index of a training state in shards, None where it is in one file. Of its files, every `parts`-th from
         `part` on is compared with its hash. Raises ValueError for a damaged one."""
-        names = sorted(name for name in files.read_marker(directory)["files"] if name.startswith(SHARD.split("{")[0]))
-        for name in names[part::parts]:
+        listed = files.read_marker(directory)["files"]
+        for name in sorted(filter(re.compile(A_SHARD).fullmatch, listed))[part::parts]:
             with files.open_verified(directory, name):
                 pass
-        if SHARDS not in files.read_marker(directory)["files"]:
+        if SHARDS not in listed:
             return None
         with files.open_verified(directory, SHARDS) as file:
             content = file.read()

@@ -177,10 +177,9 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
     for name in (PENDING, MARKER):
         try:
             marker = json.loads((directory / name).read_bytes())
-            if isinstance(marker, dict) and isinstance(marker.get("files"), dict):
-                entries = marker["files"].values()
-                if all(map(_is_entry, entries)):
-                    return marker
+            listing = marker.get("files") if isinstance(marker, dict) else None
+            if isinstance(listing, dict) and all(map(_is_entry, listing.values())):
+                return marker
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ValueError:

@@ -245,10 +245,10 @@ def _check_room(model: nn.Module, name: str, paths: Iterable[str], untie: bool) 
         raise ValueError(f"{'; '.join(tied)}: merging would untie them. Leave them out, or allow it with untie=True")
 
 
-def raise_some(what: str, problems: list[str], shown: int = 6) -> None:
+def raise_some(what: str, problems: list[str]) -> None:
     """Raise ValueError with the first few problems, if there are any."""
     if problems:
-        raise ValueError(f"{what}: {first_few(problems, shown)}")
+        raise ValueError(f"{what}: {first_few(problems, 6)}")
 
 
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:

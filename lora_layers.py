@@ -26,7 +26,8 @@ BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 def features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a layer that LoRA can adapt, None of any other module."""
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
         return None  # it is computed anew each time, as by torch.nn.utils.parametrizations, and no delta would stay
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -34,8 +35,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
         # A subclass with a forward of its own scales or shifts what it looks up, and a delta would miss that.
         plain = getattr(module, "plain_class", type(module)).forward is nn.Embedding.forward
         return (module.num_embeddings, module.embedding_dim) if plain and module.max_norm is None else None
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
+    if weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
         return weight.size(0), weight.size(1)  # Transformers' Conv1D: a linear layer that stores (in, out)
     return None
 

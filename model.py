@@ -384,13 +384,13 @@ class GPT(Generation, nn.Module):
         """Shorten the context in place, keeping the first position embeddings. Raises ValueError for a longer one."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} must lie between 1 and the model's {self.config.block_size}")
-        if self.config.block == "gpt2" and type(self.transformer.wpe) is not nn.Embedding:
-            raise ValueError("the position embeddings have an adapter, of a row for each: merge it, then crop them")
-        self.config = replace(self.config, block_size=block_size)
         if self.config.block == "gpt2":
             wpe = self.transformer.wpe
+            if type(wpe) is not nn.Embedding:
+                raise ValueError("the position embeddings have an adapter, of a row for each: merge it, then crop them")
             wpe.num_embeddings, weight = block_size, wpe.weight
             wpe.weight = nn.Parameter(weight[:block_size].detach().clone(), weight.requires_grad)
+        self.config = replace(self.config, block_size=block_size)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         weight = self.final_norm.weight  # as wide as activations are, whatever holds the matrices (packed.py)

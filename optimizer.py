@@ -1,6 +1,5 @@
 """What updates the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ class Together:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self) -> None:
         for part in self.parts:
-            part.step(closure)
+            part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts:

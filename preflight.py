@@ -58,9 +58,8 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     model = stored = base = None
     if config.init_from != "scratch":
         config, called = located(config)
-    if config.lora:
-        expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
-    if config.init_from != "scratch":
+        if config.lora:
+            expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
         model, stored = base_model(config, given, ranks.size > 1), CheckpointManager.find_tokenizer(config.init_from)
     dataset = find_dataset(config.dataset, ranks, stored)
     architecture = model.config if model else config.model_config(_vocab_size(config, dataset))

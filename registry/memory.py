@@ -344,8 +344,7 @@ def _data(found: Estimate) -> dict[str, Any]:
 
 def _items_table(card: Fitting, process: Fitting | None) -> str:
     fittings = [fitting for fitting in (card, process) if fitting]
-    heads = ("GB", *(("a card", "here") if process else ("each card",)))
-    rows = [(heads[0], *heads[1:], "computed from")]
+    rows = [("GB", *(("a card", "here") if process else ("each card",)), "computed from")]
     items = {item.name: item.source for fitting in reversed(fittings) for item in fitting.estimate.items}
     for name, source in sorted(items.items(), key=lambda item: item[0] == "overhead"):
         rows.append((name, *(f"{fitting.estimate[name] / GB:.2f}" for fitting in fittings), source))
