@@ -315,7 +315,7 @@ def continuation(side: Side, prompt: str, max_new_tokens: int, temperature: floa
         vocab_size=tokenizer.drawn,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    return tokenizer.decode([token.item() for token in tokens if token.item() not in tokenizer.stops], goes_on=True)
+    return tokenizer.decode(tokenizer.before_stop(token.item() for token in tokens), goes_on=True)
 
 
 # ---- telling

@@ -127,9 +127,8 @@ def show(stream: Iterator[Tensor], prompts: list[str], tokenizer: Tokenizer, sep
             print(text.decode(tokenizer.decode_bytes(token[:1].tolist(), goes_on=True)), end="", flush=True)
     print(text.decode(b"", final=True))
     for prompt, row in zip(prompts[1:], torch.stack(tokens, dim=1)[1:].tolist(), strict=True):
-        end = next((i for i, token in enumerate(row) if token in tokenizer.stops), len(row))
         print(SEPARATOR)
-        print(prompt + tokenizer.decode(row[:end], goes_on=True))
+        print(prompt + tokenizer.decode(tokenizer.before_stop(row), goes_on=True))
 
 
 def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor | None]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,10 @@ class Tokenizer:
         except (KeyError, OverflowError):
             unknown = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {unknown} is outside the {self.vocab_size} ids of tokenizer {self.name}") from None
+
+    def before_stop(self, ids: Iterable[int]) -> list[int]:
+        """The ids that come before the first of `stops`: what a model has written."""
+        return list(takewhile(lambda i: i not in self.stops, ids))
 
     def spelled(self) -> tuple[list[str], list[str]]:
         """The tokens by id and the merges by rank, as GPT-2's files and llama.cpp's spell them."""

@@ -363,8 +363,7 @@ class Trainer:
                 vocab_size=self.tokenizer.drawn,
                 generator=generator,
             )[0, 1:].tolist()
-        end = next((i for i, token in enumerate(ids) if token in self.tokenizer.stops), len(ids))
-        text = " ".join(self.tokenizer.decode(ids[:end]).replace("<|endoftext|>", "").split())
+        text = " ".join(self.tokenizer.decode(self.tokenizer.before_stop(ids)).split())
         self.log.say(f"  sample: {text or '(end of text at once)'}")
 
     def _agree_on_stop(self, stop: StopSignal) -> tuple[int, bool]:
