@@ -11,13 +11,11 @@ less than two of them may be chance.
 """
 
 import argparse
-import io
 import json
 import math
 import re
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -77,6 +75,7 @@ from preflight import find_dataset
 from registry.resolve import folder_of
 from sample import check_seed, find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer
+from words import as_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -383,9 +382,7 @@ def as_picture(report: dict[str, Any]) -> bytes:
     lines = sample_lines(report)[:PICTURE_LINES]
     heights = [3.5, 0.17 * len(lines) + 0.1]
     figure = Figure(figsize=(9, sum(heights) + 0.6), dpi=120, layout="constrained")
-    # Names and texts may hold any character: dollar signs are no mathematics, and a font has not every glyph.
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
+    with matplotlib.rc_context({"text.parse_math": False}):  # dollar signs in names and texts are no mathematics
         bars, below = figure.subplots(2, height_ratios=heights)
         draw_bars(bars, report)
         figure.legend(loc="outside upper left", frameon=False)
@@ -394,9 +391,7 @@ def as_picture(report: dict[str, Any]) -> bytes:
         for i, (colour, line) in enumerate(lines):
             text = below.text(0, -i, line, color=colour, family="monospace", fontsize=8, verticalalignment="top")
             text.set_in_layout(False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return as_png(figure)
 
 
 def draw_bars(axes: "Axes", report: dict[str, Any]) -> None:

@@ -1,17 +1,16 @@
 """What a run tells: the live line, training_log.txt, metrics.jsonl and loss.png."""
 
 import contextlib
-import io
 import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import files
 from model_directory import LOG, METRICS
+from words import as_png
 
 
 class Logbook:
@@ -89,11 +88,7 @@ def plot_loss(records: list[dict[str, Any]], title: str) -> bytes:
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name may have characters that the font has not
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def duration(seconds: float) -> str:

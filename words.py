@@ -1,6 +1,9 @@
-"""Parts of what is told: of error messages, and tables."""
+"""Parts of what is told: of error messages, tables and pictures."""
 
+import io
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 def first_line(error: BaseException) -> str:
@@ -21,3 +24,12 @@ def as_table(rows: Iterable[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure of matplotlib's as the bytes of a PNG, the same ones every time."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name may have characters that the font has not
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

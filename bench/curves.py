@@ -8,7 +8,6 @@ when the others were there.
 """
 
 import argparse
-import io
 import re
 import sys
 from datetime import datetime
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import files
 from model_directory import LOG
+from words import as_png
 
 EVALUATION = re.compile(r"^(\S+ \S+) iteration ([\d,]+): .* val loss ([\d.]+)", re.MULTILINE)
 
@@ -66,9 +66,7 @@ def picture(runs: list[Run]) -> bytes:
     axes.set_ylim(top=max(run.losses[1] for run in runs) + 0.3)  # what precedes the first step would hide the rest
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def main() -> int:

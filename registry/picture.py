@@ -5,8 +5,6 @@ as the widest layer, and as high as their parameters ask for, so that equal area
 Layers of the two models stand beside each other, and lines join the parts whose weights fit (comparison.py).
 """
 
-import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import files
 from naming import size_label
 from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType
+from words import as_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +53,7 @@ def as_picture(a: ModelSpec, b: ModelSpec, result: dict[str, Any]) -> bytes:
     bottom, top = min(low for low, _ in extents), max(high for _, high in extents)
     inches = min(max((top - bottom) * 0.24, 4.0), 9.5)
     figure = Figure(figsize=(11, inches + 2.0), dpi=130, facecolor="white")
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # a name may hold any character, and a font has not every one
+    with matplotlib.rc_context({"text.parse_math": False}):  # dollar signs in names are no mathematics
         below, above = 1.05 / (inches + 2.0), 0.95 / (inches + 2.0)
         axes = figure.add_axes((0.02, below, 0.96, 1 - below - above))
         axes.set(xlim=(-1.08, 1.08), ylim=(bottom, top))
@@ -68,9 +64,7 @@ def as_picture(a: ModelSpec, b: ModelSpec, result: dict[str, Any]) -> bytes:
         join(axes, a, b, result)
         legend(figure, (a, b), result, common)
         figure.text(0.5, 0.018, verdict(result), ha="center", va="bottom", fontsize=8.5, color="#333333")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return as_png(figure)
 
 
 def layers_of(spec: ModelSpec) -> list[PartSpec]:
