@@ -25,7 +25,6 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import numpy as np
 
-from bench.speed import machine
+from bench.speed import chosen, machine, spread
 from data.docstrings import from_docstrings
 from data.format import SPLITS, sha256_of
 from data.preparation import Recipe, parse, prepare
@@ -198,9 +197,7 @@ def summarize(turns: dict[str, list[dict[str, Any]]], size: int) -> list[dict[st
     base, rows = next(iter(seconds.values())), []
     for name, own in seconds.items():
         speeds, ratios = [size / 1e6 / s for s in own], [b / s for b, s in zip(base, own, strict=True)]
-        row = {"contender": name}
-        for key, values in (("megabytes_per_second", speeds), ("ratio", ratios)):
-            row[key] = {"median": median(values), "min": min(values), "max": max(values)}
+        row = {"contender": name, "megabytes_per_second": spread(speeds), "ratio": spread(ratios)}
         rows.append(row | {"turns": turns[name]})
     return rows
 
@@ -223,22 +220,11 @@ def check_same(turns: dict[str, list[dict[str, Any]]]) -> None:
         raise ValueError(f"the contenders do not write the same tokens, so their speeds mean nothing: {found}")
 
 
-def check_packages(names: list[str]) -> None:
-    """Raises ValueError when a contender's are not installed."""
-    needed = dict.fromkeys(package for name in names for package in CONTENDERS[name].packages)
-    if missing := [package for package in needed if not importlib.util.find_spec(package)]:
-        hint = "pip install -r requirements-dev.txt, or measure without: --contenders ours"
-        raise ValueError(f"{' and '.join(missing)} must be installed: {hint}")
-
-
 def bench(options: argparse.Namespace) -> None:
     """Run and print it all. Raises ValueError for bad options, and for contenders that do not write the same."""
-    names = list(dict.fromkeys(options.contenders.split(",")))
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
+    names = chosen(CONTENDERS, options.contenders)
     if options.rounds < 1 or options.megabytes <= 0:
         raise ValueError(f"--rounds {options.rounds} and --megabytes {options.megabytes:g}: both must be above 0")
-    check_packages(names)
     source = from_files(options.files) if options.files else from_docstrings()
     packages = ["tiktoken", "tokenizers", *CONTENDERS["datasets"].packages]
     facts = machine() | {name: version(name) for name in packages if importlib.util.find_spec(name)}

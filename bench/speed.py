@@ -193,13 +193,17 @@ def machine() -> dict[str, Any]:
     return facts | {name: version(name) for name in packages}
 
 
-def check_packages(names: list[str]) -> None:
-    """Raises ValueError when a contender's are not installed."""
-    needed = dict.fromkeys(package for name in names for package in CONTENDERS[name].packages)
+def chosen(contenders: dict[str, Any], asked: str) -> list[str]:
+    """The names in a list with commas. Raises ValueError for one that is none, or whose packages are not installed."""
+    names = list(dict.fromkeys(asked.split(",")))
+    if unknown := [name for name in names if name not in contenders]:
+        raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(contenders)}")
+    needed = dict.fromkeys(package for name in names for package in contenders[name].packages)
     if missing := [package for package in needed if not importlib.util.find_spec(package)]:
-        rest = [name for name, contender in CONTENDERS.items() if not set(missing) & set(contender.packages)]
+        rest = [name for name, contender in contenders.items() if not set(missing) & set(contender.packages)]
         hint = f"pip install -r requirements-dev.txt, or measure without: --contenders {','.join(rest)}"
         raise ValueError(f"{' and '.join(missing)} must be installed: {hint}")
+    return names
 
 
 def take_turns(names: list[str], config: RunConfig, lora: LoRAConfig, options: argparse.Namespace) -> dict[str, list]:
@@ -221,15 +225,12 @@ def take_turns(names: list[str], config: RunConfig, lora: LoRAConfig, options: a
 
 def bench(options: argparse.Namespace) -> None:
     """Run and print it all. Raises ValueError for bad options, and for contenders that do not compute the same."""
-    names = list(dict.fromkeys(options.contenders.split(",")))
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise ValueError(f"there is no contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
+    names = chosen(CONTENDERS, options.contenders)
     if min(options.rounds, options.steps, options.new_tokens) < 1:
         raise ValueError(
             f"--rounds {options.rounds}, --steps {options.steps} and --new_tokens {options.new_tokens}: all must be at "
             "least 1"
         )
-    check_packages(names)
     device = pick(options.device)
     options.preset = options.preset or ("medium" if device.type == "cuda" else None)
     given = [f"{key}={value}" for key in SETTINGS if (value := getattr(options, key)) is not None]

@@ -191,7 +191,7 @@ def test_without_a_package_it_says_what_to_install_or_leave_out(missing, gone, m
 
 def test_what_needs_no_missing_package_can_be_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    speed.check_packages(["transformers-fp32", "ours-lora"])
+    assert speed.chosen(contenders.CONTENDERS, "transformers-fp32,ours-lora") == ["transformers-fp32", "ours-lora"]
 
 
 # ---- data_speed.py
@@ -255,7 +255,7 @@ def test_without_datasets_the_data_path_can_be_measured_alone(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["data_speed.py"])
     assert data_speed.main() == 1
     assert capsys.readouterr().err.endswith("or measure without: --contenders ours\n")
-    data_speed.check_packages(["ours"])
+    assert data_speed.chosen(data_speed.CONTENDERS, "ours") == ["ours"]
 
 
 # ---- curves.py
