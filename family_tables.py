@@ -60,7 +60,8 @@ def _defaults(*sizes: Any, **others: Any) -> dict[str, Any]:
     return dict(zip(SIZES, sizes, strict=True)) | others
 
 
-SUMMARY, IMAGE = ("type", "use_proj", "proj_to_labels", "first_dropout", "activation"), ("boi", "eoi", "image")
+SUMMARY = tuple(f"summary_{key}" for key in ("type", "use_proj", "proj_to_labels", "first_dropout", "activation"))
+IMAGE = ("boi_token_index", "eoi_token_index", "image_token_index")
 QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 GEMMA_MORE = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
 GEMMA_MORE |= {"sliding_window": 4096, "layer_types": None}
@@ -73,7 +74,7 @@ FAMILIES = {
         {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}
         | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bias": True},
         only={"scale_attn_weights": True},
-        neutral=("n_ctx", "task_specific_params", *(f"summary_{key}" for key in SUMMARY)),
+        neutral=("n_ctx", "task_specific_params", *SUMMARY),
         dropouts=("attn_pdrop", "resid_pdrop", "embd_pdrop"),
         ropes=(),
         transposed=("c_attn", "c_proj", "c_fc"),
@@ -128,12 +129,7 @@ FAMILIES = {
         | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         GEMMA_ALWAYS | {"qk_norm": True},
         # Transformers keeps the cap that Gemma 2 has, and does not compute it.
-        neutral=(
-            "attn_logit_softcapping",
-            "_sliding_window_pattern",
-            "mm_tokens_per_image",
-            *(f"{kind}_token_index" for kind in IMAGE),
-        ),
+        neutral=("attn_logit_softcapping", "_sliding_window_pattern", "mm_tokens_per_image", *IMAGE),
         windows=lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
         divisible=True,
         renamed={r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head": "lm_head"},

@@ -16,16 +16,8 @@ from pathlib import Path
 from data.sources import Source
 
 PACKAGES = ("numpy", "torch", "sympy", "mpmath", "networkx")
-SKIPPED_FOLDERS = {
-    *("tests", "test", "testing", "_testing", "benchmarks", "_vendor"),
-    *(
-        "_inductor",
-        "_dynamo",
-        "_functorch",
-        "_export",
-        "_higher_order_ops",
-    ),  # torch's compiler: engineering, not science
-}
+COMPILER = {"_inductor", "_dynamo", "_functorch", "_export", "_higher_order_ops"}  # torch's: engineering, not science
+SKIPPED_FOLDERS = {"tests", "test", "testing", "_testing", "benchmarks", "_vendor"} | COMPILER
 DOC_SETTERS = {"add_docstr", "add_docstr_all", "add_newdoc"}  # give a docstring to what is written in C
 SHORTEST = 80  # characters; below that a docstring is a label
 OPENING = 200  # characters, not counting blanks, that two docstrings share only if one is a variant of the other

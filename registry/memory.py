@@ -372,18 +372,8 @@ PREALLOCATED = 0.75  # of a card, which JAX takes when it starts (docs.jax.dev, 
 
 def documented_table() -> tuple[str, Any]:
     rows = [_documented_row(*row) for row in DOCUMENTED]
-    heads = (
-        "model",
-        "rank",
-        "batch",
-        "document",
-        "step here",
-        f"of {ANSWERS} answers",
-        "+ reference",
-        "+ cache",
-        "sum",
-    )
-    lines = [heads] + [
+    columns = ("document", "step here", f"of {ANSWERS} answers", "+ reference", "+ cache", "sum")
+    lines = [("model", "rank", "batch", *columns)] + [
         (row["name"], str(row["lora_rank"]), str(row["batch_size"]), *(f"{row[key] / GB:.1f}" for key in _COLUMNS))
         for row in rows
     ]
