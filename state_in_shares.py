@@ -44,6 +44,7 @@ import files
 from hub import write_tensors
 from model_directory import SHARD, SHARDS
 
+Plan = SavePlan | LoadPlan
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 
 
@@ -139,7 +140,24 @@ def put_together(
     return tensors
 
 
-class Writer(StorageWriter):
+class Storage:
+    """What DCP asks of a storage, and of these for nothing."""
+
+    def reset(self, checkpoint_id=None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Plan) -> Plan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[Plan]) -> list[Plan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
+        return True
+
+
+class Writer(Storage, StorageWriter):
     def __init__(self, directory: Path, rank: int):
         self.directory, self.name, self.entries = directory, SHARD.format(rank), {}
 
@@ -175,24 +193,11 @@ class Writer(StorageWriter):
         for name in (self.name, SHARDS):
             files.staged_name(self.directory / name).unlink(missing_ok=True)
 
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         pass
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
-
-
-class Reader(StorageReader):
+class Reader(Storage, StorageReader):
     def __init__(self, index: dict[str, Any], path: Callable[[str], Path]):
         self.index, self.path, self.files = index, path, {}
 
@@ -226,21 +231,8 @@ class Reader(StorageReader):
                 raise ValueError(f"{self.path(name)} is no sound safetensors file: {error}") from None
         return _done(None)
 
-    def reset(self, checkpoint_id=None) -> None:
-        pass
-
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args, **kwargs) -> None:
         pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id) -> bool:
-        return True
 
 
 def _key(index: MetadataIndex) -> str:
