@@ -1,5 +1,6 @@
-"""What updates the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest."""
+"""What updates the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; and how fast."""
 
+import math
 from typing import Any
 
 import torch
@@ -65,6 +66,20 @@ def restore(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) 
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Linear warm-up, then a cosine to the final rate (Loshchilov and Hutter 2016), or a constant with a linear end
+    (warmup-stable-decay, Hu et al. 2024). A function of the step and the configuration alone."""
+    peak, final, end = config.learning_rate, config.final_lr, config.decay_end
+    if step < config.warmup_iters:
+        return peak * (step + 1) / config.warmup_iters
+    if step >= end:
+        return final
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_iters) / (end - config.warmup_iters)
+        return final + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - final)
+    return final + min(1.0, (end - step) / config.cooldown) * (peak - final)
 
 
 def set_rate(optimizer: torch.optim.Optimizer | Together, rate: float) -> None:

@@ -43,7 +43,7 @@ from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
-from optimizer import build_optimizer, restore, set_rate
+from optimizer import build_optimizer, learning_rate, restore, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 from words import first_line
@@ -75,20 +75,6 @@ class StopSignal:
                 os.write(2, b"\nstopping after this step; once more to leave at once, with the last save intact\n")
         elif now - self.since > GATHERED_SIGNAL_SECONDS:
             os._exit(128 + number)
-
-
-def learning_rate(step: int, config: RunConfig) -> float:
-    """Linear warm-up, then a cosine to the final rate (Loshchilov and Hutter 2016), or a constant with a linear end
-    (warmup-stable-decay, Hu et al. 2024). A function of the step and the configuration alone."""
-    peak, final, end = config.learning_rate, config.final_lr, config.decay_end
-    if step < config.warmup_iters:
-        return peak * (step + 1) / config.warmup_iters
-    if step >= end:
-        return final
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_iters) / (end - config.warmup_iters)
-        return final + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - final)
-    return final + min(1.0, (end - step) / config.cooldown) * (peak - final)
 
 
 class Trainer:

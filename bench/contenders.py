@@ -26,9 +26,9 @@ from device import autocast, keep_freed_memory, pick_device
 from distributed import Ranks
 from lora import LoRAConfig, apply_lora, lora_state_dict
 from model import GPT
-from optimizer import build_optimizer
+from optimizer import build_optimizer, learning_rate
 from preflight import Start
-from train import Trainer, learning_rate, set_up
+from train import Trainer, set_up
 
 FULL, LORA, GENERATION, LIMIT = "full training", "LoRA", "generation", "limit"
 LORA_TARGETS = ("c_attn", "c_proj")  # to both libraries the ends of paths: attn.c_attn, attn.c_proj, mlp.c_proj
