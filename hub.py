@@ -19,6 +19,7 @@ from torch import Tensor
 
 import files
 from model_directory import HF_FILES
+from naming import HUB_ID
 from words import first_line
 
 # What is downloaded of a model: no weights in another format twice. A folder with a number is sentence-transformers'.
@@ -45,7 +46,7 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, local_files
     folder = files.expanded(path_or_hub_id)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path_or_hub_id)):
+    if not re.fullmatch(HUB_ID, str(path_or_hub_id)):
         raise FileNotFoundError(f"there is no folder {folder}")
     try:
         from huggingface_hub import snapshot_download

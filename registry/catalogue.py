@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configurator import PRECISION_SPELLINGS
+from naming import HUB_ID
 from registry.entries import BUILT_IN, ConflictError, Entries, Entry, UnknownModelError, caller
 
 MINI_LM = "MiniLM"  # a constructor's name (names.py), so spelled like this it is not the recipe minilm
@@ -50,7 +51,6 @@ class ModelSpec:
         return self.name.removesuffix("-offline")
 
 
-HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 RECIPES = {
     spec.name: spec
     for spec in (

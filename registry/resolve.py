@@ -28,6 +28,7 @@ from typing import Any
 import files
 import hub
 import model_directory
+from naming import HUB_ID
 from registry import catalogue
 from words import as_table
 
@@ -164,7 +165,7 @@ def _places(
     if local_path:
         yield _at_a_folder(Place("local_path", _folder(local_path), binding=True), revision)
         return
-    is_name = isinstance(name, str) and re.fullmatch(catalogue.HUB_ID, name) is not None
+    is_name = isinstance(name, str) and re.fullmatch(HUB_ID, name) is not None
     if spec is None:  # a folder that happens to be called as a model of the catalogue is not that model
         yield _at_a_folder(Place("a path", _folder(name), binding=not is_name), revision)
     if not is_name:
