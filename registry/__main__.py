@@ -114,7 +114,7 @@ if __name__ == "__main__":
     script.begin()
     ARGUMENTS = parse()  # --help and mistakes do not wait for torch
 
-from registry import memory, names, parts, resolve
+from registry import memory_report, names, parts, resolve
 
 RUN = {
     "list": names.run_list,
@@ -122,7 +122,7 @@ RUN = {
     "show": parts.run_show,
     "parts": parts.run_parts,
     "compare": parts.run_compare,
-    "memory": memory.run_memory,
+    "memory": memory_report.run_memory,
 }
 
 

@@ -18,21 +18,10 @@ from lora import LoRAConfig, apply_lora
 from mesh import Mesh
 from model import GPT, GPTConfig
 from parallel import cuts
-from registry import heap, memory
+from registry import heap, memory_report
 from registry.__main__ import main, parse
-from registry.memory import (
-    CARDS,
-    GB,
-    PROCESS,
-    Fitting,
-    Plan,
-    _items_table,
-    estimate,
-    heap_holes,
-    itemised,
-    machine_memory,
-    named_config,
-)
+from registry.memory import GB, PROCESS, Fitting, Plan, estimate, heap_holes, itemised
+from registry.memory_report import CARDS, _items_table, machine_memory, named_config
 from registry.rehearsal import rehearse_step, with_batch
 
 LLAMA = GPTConfig(64, 1000, 3, 4, 32, block="llama", bias=False, activation="silu", n_kv_head=2, n_inner=96)
@@ -402,9 +391,10 @@ def test_an_encoder_is_refused(tmp_path):
 def test_this_machine_has_memory(monkeypatch, tmp_path):
     total, free = machine_memory()
     assert 0 < free <= total
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))  # as where there is no /proc
-    assert machine_memory() == (memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE"),) * 2
-    monkeypatch.delattr(memory.os, "sysconf")
+    monkeypatch.setattr(memory_report, "Path", lambda path: tmp_path / path.lstrip("/"))  # as where there is no /proc
+    sysconf = memory_report.os.sysconf
+    assert machine_memory() == (sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE"),) * 2
+    monkeypatch.delattr(memory_report.os, "sysconf")
     assert machine_memory() is None
 
 
