@@ -387,7 +387,7 @@ def _check_before_saving(
 
 
 def _sha256(directory: Path, name: str) -> str:
-    """Of the weights of a directory: as its marker has it, which loading them compares, or of the file."""
+    """The hash of a directory's weights: the marker's, which loading compares with them, or else that of the file."""
     marker = files.read_marker(directory)
     if is_lora(marker):
         raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
@@ -484,7 +484,7 @@ def _json(value: Any) -> bytes:
 
 def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], fingerprint: str | None) -> dict[str, bytes]:
     """The active adapter for PEFT, which looks for the base where this run did."""
-    # A GPT-2-style model's blocks are of Transformers' Conv1D there, which store (in, out); its head is none.
+    # In Transformers, the layers of a GPT-2-style block are Conv1D, which store (in, out); the head is no Conv1D.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
     base = reference["given"]  # which may be a hub id
     described = {"base": str(locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}

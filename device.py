@@ -51,9 +51,8 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
 def bfloat16_gain(size: int = 768, repeats: int = 10) -> float:
     """How many times faster than float32 this CPU multiplies bfloat16 matrices; well under a second.
 
-    A processor without the instructions emulates them and comes out below 1, so this needs no list of processors. What
-    counts is the time of one thread while it runs: by the clock, a second run that starts could come in the way of one
-    dtype alone.
+    A processor without the instructions emulates them and comes out below 1, so this needs no list of processors. It
+    takes the processor time of one thread: a second run that starts meanwhile would slow the clock of one dtype alone.
     """
     spent, threads = {}, torch.get_num_threads()
     tick = time.get_clock_info("thread_time").resolution  # as long as several products on Windows

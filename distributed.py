@@ -86,8 +86,8 @@ class Ranks:
     def is_first_to_fail(self) -> bool:
         """Whether it is for this process to say why the run ends: the first that asks, so that only one does.
 
-        It asks before its connections close, so that those who notice these come later. Rank 0, which keeps what they
-        ask unless torchrun does, waits until all have asked or ASKING_SECONDS are over.
+        It asks before its connections close, so that those who notice these come later. Rank 0, which holds the
+        store unless torchrun does, waits until all have asked or ASKING_SECONDS are over.
         """
         if self.size == 1:
             return True
@@ -117,9 +117,9 @@ class Ranks:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    One of several ends without Python's taking itself down: a thread of gloo's that lets go of a tensor meanwhile needs
-    the interpreter, does not get it any more, and aborts the process. destroy_process_group waits for these threads
-    only if nothing holds a group any longer, and DTensor keeps those that it has met.
+    One of several skips Python's shutdown: a thread of gloo's that frees a tensor meanwhile cannot get the interpreter
+    any more and aborts the process. destroy_process_group waits for these threads only if nothing holds a group any
+    longer, and DTensor keeps those that it has met.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(code)

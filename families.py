@@ -83,7 +83,7 @@ def family_of(hf: Mapping[str, Any], source: str | Path) -> tuple[Family, Mappin
 
 
 def has_images(folder: Path) -> bool:
-    """Whether a folder's model is one with images for Transformers, of which a GPT is the text model alone."""
+    """Whether Transformers opens a folder as a model that sees images too; our GPT is its text model alone."""
     return files.exists(folder / CONFIG) and read_json(folder / CONFIG).get("model_type") == WRAPPER
 
 

@@ -106,13 +106,13 @@ def sync_directory(path: Path) -> None:
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """A path that a person typed: a leading ~ is their folder. One that is nobody's, as of `~$notes.txt`, stays.
+    """A path as somebody typed it, with a leading ~ replaced by the home folder. `~$notes.txt` names no user and stays.
 
-    Raises ValueError where nothing says which folder that is.
+    Raises ValueError where the home folder is not known.
     """
     found = os.path.expanduser(path)
     if found == "~" or found.startswith("~/"):
-        raise ValueError(f"{path}: where ~ is, nothing says (neither HOME nor the system's list of users)")
+        raise ValueError(f"{path}: the home folder is not known (neither HOME nor the system's list of users says)")
     return Path(found)
 
 

@@ -111,7 +111,7 @@ def sample(
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
-        token = logits.argmax(dim=-1)  # a number that is none counts as the highest
+        token = logits.argmax(dim=-1)  # which takes NaN for the highest
         _check_finite(logits.gather(1, token[:, None]))
         return token
     logits, ids = logits.float(), None

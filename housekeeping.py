@@ -170,8 +170,8 @@ def _strange(directory: Path) -> str | None:
 
 
 def _may_need(path: Path, base: Path) -> bool:
-    """Whether `base` is that of a LoRA directory, or may be: while it evaluates for the first time, a run has no marker
-    that says so."""
+    """Whether `path` is a LoRA directory with this base, or may become one: a run has no marker to say so before its
+    first save."""
     with contextlib.suppress(ValueError, OSError):
         about = read_about(path)
         if about is None:

@@ -59,8 +59,8 @@ class Logbook:
         try:
             print(text, end=end, flush=True)
         except OSError:
-            # Whoever read along has gone, or has no room left, and the run goes on. What is still buffered must find an
-            # end as well, or the interpreter fails on it when it exits.
+            # The reader of stdout is gone, or its disk full; the run goes on. What is still buffered goes nowhere too,
+            # or the interpreter would fail on it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

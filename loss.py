@@ -29,9 +29,9 @@ def linear_cross_entropy(
     """F.cross_entropy(F.linear(x, weight), targets): the mean over targets (N,) other than `ignore_index`, in nats.
 
     x is (N, C); weight (V, C) may be wider, and is multiplied as what x is. `extra`, (N, r) and (V, r), are operands of
-    a product to add to the logits: LoRA's. The result is in float32 at least. While it trains, probabilities are
-    rounded to the dtype of x, of which a token's loss shows 0.002 nats in bfloat16, and a target with one below 1e-38
-    counts as 87 nats.
+    a product to add to the logits: LoRA's. The result is in float32 at least. Where gradients are wanted,
+    probabilities are rounded to the dtype of x, which in bfloat16 moves a token's loss by 0.002 nats, and a target less
+    likely than 1e-38 counts as 87 nats.
     """
     weights = (weight,)
     if extra is not None:  # one product of wider operands

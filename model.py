@@ -420,7 +420,7 @@ class SkipInit(TorchFunctionMode):
 
 
 def on_meta(config: GPTConfig) -> GPT:
-    """A GPT of shapes without numbers. Normal numbers for them, which are none, would have torch import its compiler
-    first: 0.7 seconds."""
+    """A GPT of shapes without numbers. `normal_` has none to draw here, and would first import torch's compiler: 0.7
+    seconds."""
     with torch.device("meta"), SkipInit():
         return GPT(config)

@@ -139,7 +139,7 @@ def models_in(root: Path) -> dict[Path, str]:
 
 
 def holds(directory: Path, sha256: str) -> bool:
-    """Whether it is a whole model's, and these are its weights."""
+    """Whether a directory is a whole model's, no adapter's, and has weights with this hash."""
     with contextlib.suppress(ValueError):  # a marker that is none
         marker = files.read_marker(directory)
         return not is_lora(marker) and sha256 in [entry["sha256"] for entry in files.listed(marker).values()]
@@ -147,8 +147,8 @@ def holds(directory: Path, sha256: str) -> bool:
 
 
 def only_base_of(directory: Path) -> list[Path]:
-    """The LoRA directories beside a model that adapt the weights it has now, if those lie nowhere else that one would
-    look: beside it, or where an adapter looks first."""
+    """The LoRA directories beside a model that would lose their base with it: they adapt its weights as they are now,
+    and no other directory beside it has these, nor has the place where the adapter looks first."""
     found, others = {}, []
     for parent in {directory.absolute().parent, directory.resolve().parent}:
         with contextlib.suppress(OSError):  # which nobody may list
@@ -165,5 +165,6 @@ def only_base_of(directory: Path) -> list[Path]:
 
 
 def base_folder(directory: Path, reference: dict[str, str]) -> Path:
-    """Where the base of a LoRA directory, which need not be there yet, lies or did. The file may be a link."""
+    """The folder of a LoRA directory's base, by the reference to its file. Neither needs to exist; the file, which may
+    be a link, is not resolved."""
     return Path(os.path.normpath(directory.resolve() / reference["path"])).parent

@@ -331,7 +331,7 @@ def occupied(directory: Path) -> list[str]:
 
 
 def foreign_files(directory: Path) -> list[str]:
-    """What lies there beside what a run leaves that was stopped before its first save, which is no loss."""
+    """Files that are not ours to write over: all but what a run leaves that was stopped before its first save."""
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name not in (LOG, METRICS) and not name.endswith(files.NEW))
 

@@ -6,20 +6,20 @@ from collections.abc import Callable
 
 
 def begin() -> None:
-    """Before the imports that take a second: Ctrl-C ends the program without a traceback, no character does."""
+    """Call it before the slow imports: Ctrl-C ends the program without a traceback, and see `forgive_stdout`."""
     forgive_stdout()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def forgive_stdout() -> None:
-    """A character that stdout cannot encode, where that is not UTF-8, is shown as a question mark and ends nothing."""
+    """Have stdout show a question mark for a character that it cannot encode, instead of failing."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor where there is none
         sys.stdout.reconfigure(errors="replace")
 
 
 def ready() -> None:
-    """After them: Ctrl-C is a KeyboardInterrupt again."""
+    """Call it after the slow imports: Ctrl-C is a KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

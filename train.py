@@ -48,7 +48,7 @@ from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 from words import first_line
 
-GATHERED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
+REPEATED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
 
 
 class StopSignal:
@@ -73,7 +73,7 @@ class StopSignal:
             self.number, self.since = number, now
             if self.speak:
                 os.write(2, b"\nstopping after this step; once more to leave at once, with the last save intact\n")
-        elif now - self.since > GATHERED_SIGNAL_SECONDS:
+        elif now - self.since > REPEATED_SIGNAL_SECONDS:
             os._exit(128 + number)
 
 
@@ -204,7 +204,7 @@ class Trainer:
                     self.raw_model.train()
                     return None
                 i = first + self.ranks.reader
-                batch = batches[min(i, len(batches) - 1)]  # who has none left computes along, for the others wait
+                batch = batches[min(i, len(batches) - 1)]  # who has none left repeats it: the others wait
                 x, y = sequences(getattr(self.dataset, split), batch, self.block_size)
                 with torch.no_grad(), autocast(self.device, self.config.dtype):
                     _, loss = self.raw_model(x.to(self.device), y.to(self.device), only_loss=True)

@@ -369,5 +369,5 @@ class BaseModelRunner(ABC):
 
 
 def _without_rows(x: Tensor) -> Tensor:
-    """Of one text of one token, nothing: as many dimensions, none of them along texts or tokens longer than 0."""
+    """What a model gives for one text of one token, cut to no text and no token: what it gives for an empty batch."""
     return x[:0] if x.dim() == 2 and x.is_floating_point() else x[:0, ..., :0, :0] if x.dim() == 4 else x[:0, :0]

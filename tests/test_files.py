@@ -287,7 +287,7 @@ def test_a_directory_is_locked_for_other_processes_and_free_after_a_kill(tmp_pat
 def test_a_home_that_nobody_knows_is_no_folder_called_tilde(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", os.fspath)  # as where neither HOME nor the system says
     for path in ("~", Path("~/x")):
-        with pytest.raises(ValueError, match=rf"{path}: where ~ is, nothing says"):
+        with pytest.raises(ValueError, match=rf"{path}: the home folder is not known"):
             files.expanded(path)
     assert files.expanded("~$x") == Path("~$x")
 

@@ -229,7 +229,7 @@ def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
     if pid == 0:
         with train.StopSignal():
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(train.GATHERED_SIGNAL_SECONDS + 0.1)
+            time.sleep(train.REPEATED_SIGNAL_SECONDS + 0.1)
             os.kill(os.getpid(), signal.SIGINT)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
