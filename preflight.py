@@ -55,20 +55,21 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     if config.init_from == "resume":
         return _resume(config, given, ranks)
     _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
-    model = stored = base = None
+    model = tokenizer = base = None
     if config.init_from != "scratch":
-        config, called = located(config)
+        config, base_name = located(config)
         if config.lora:
             expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
-        model, stored = base_model(config, given, ranks.size > 1), CheckpointManager.find_tokenizer(config.init_from)
-    dataset = find_dataset(config.dataset, ranks, stored)
+        model = base_model(config, given, ranks.size > 1)
+        tokenizer = CheckpointManager.find_tokenizer(config.init_from)
+    dataset = find_dataset(config.dataset, ranks, tokenizer)
     architecture = model.config if model else config.model_config(_vocab_size(config, dataset))
     name = conventional_name(architecture, config)
     directory = files.expanded(config.out_dir or Path("models") / str(name))
     problems, notes = name_problems(directory, name, count_parameters(architecture))
-    if model is not None and stored is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
+    if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
         problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
-    elif model is not None and stored is None:
+    elif model is not None and tokenizer is None:
         notes.append(
             f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"
         )
@@ -91,7 +92,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     )
     _raise_all(problems)
     if config.lora:
-        base = CheckpointManager.base_reference(config.init_from, directory) | {"given": called}
+        base = CheckpointManager.base_reference(config.init_from, directory) | {"given": base_name}
         if base["sha256"] != expected:
             raise ValueError(f"{config.init_from} was saved anew while it was read: start again")
     config = config.resolved(architecture, out_dir=str(directory), block_size=length)
@@ -113,13 +114,7 @@ def located(config: RunConfig) -> tuple[RunConfig, str]:
 
 
 def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
-    if config.out_dir:
-        directory = files.expanded(config.out_dir)
-    elif config.lora:
-        raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
-    else:
-        vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
-        directory = Path("models") / str(conventional_name(config.model_config(vocab_size), config))
+    directory = _to_resume(config, ranks)
     state = CheckpointManager.load_training_state(directory, in_shares=ranks.size > 1)
     config, notes, problems = merge_resumed(config, given, state["config"])
     if "mesh_shape" not in given and Mesh.parse(config.mesh_shape, ranks.size).devices != ranks.size:
@@ -169,6 +164,16 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             "differ"
         )
     return Start(replace(config, out_dir=str(directory)), dataset, directory, model, state, base, notes)
+
+
+def _to_resume(config: RunConfig, ranks: Ranks) -> Path:
+    """The directory of the run that goes on: out_dir, or what the convention calls a run with this configuration."""
+    if config.out_dir:
+        return files.expanded(config.out_dir)
+    if config.lora:
+        raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
+    vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
+    return Path("models") / str(conventional_name(config.model_config(vocab_size), config))
 
 
 def adapt(model: GPT, config: RunConfig) -> list[str]:

@@ -432,6 +432,23 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     )
 
 
+def conclude(trainer: Trainer, number: int) -> None:
+    """Where the run is, and what can be done with it now; `number` is the signal that stopped it, or 0."""
+    log, where = trainer.log, f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
+    place = shlex.quote(trainer.directory.as_posix())  # a backslash would get quotes, which cmd.exe does not know
+    stopped = f"stopped by {signal.Signals(number).name}" if number else ""
+    if stopped and trainer.saved_at is None:
+        log.say(f"{stopped}: before the first step, so there was nothing to save\nstart it again as before")
+    elif stopped:
+        log.say(f"{stopped}: {where}\ngo on with: python train.py --init_from=resume --out_dir={place}")
+    else:
+        log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
+        if trainer.tokenizer:
+            log.say(f'try it: python sample.py {place} --prompt "In this paper we"')
+        if trainer.base:
+            log.say(f"make it a model of its own: python merge_lora.py {place}")
+
+
 def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
     """Run train.py with what `configurator.load` gave; the exit code: 0, or 128 + the signal that stopped it."""
     start = prepare_start(config, given, ranks)
@@ -441,20 +458,7 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)
-        place = shlex.quote(trainer.directory.as_posix())  # a backslash would get quotes, which cmd.exe does not know
-        where = f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
-        if trainer.saved_at is None:
-            where = "before the first step, so there was nothing to save"
-        if number:
-            resume = f"python train.py --init_from=resume --out_dir={place}"
-            on = "start it again as before" if trainer.saved_at is None else f"go on with: {resume}"
-            trainer.log.say(f"stopped by {signal.Signals(number).name}: {where}\n{on}")
-        else:
-            trainer.log.say(f"done: {where}, best val loss {trainer.best_val_loss:.4f}")
-            if trainer.tokenizer:
-                trainer.log.say(f'try it: python sample.py {place} --prompt "In this paper we"')
-            if trainer.base:
-                trainer.log.say(f"make it a model of its own: python merge_lora.py {place}")
+        conclude(trainer, number)
     ranks.close()
     return 128 + number if number else 0
 
