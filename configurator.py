@@ -416,7 +416,7 @@ def _typed(key: str, value: Any) -> Any:
     if key == "dtype" and isinstance(value, str):
         value = precision(value)
     if kind is str and value is not None:
-        value = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else str(value)
+        value = str(value).lower() if isinstance(value, bool) else str(value)
         if key == "mesh_shape":
             Mesh.parse(value, processes=1)
         if choices and value not in choices:

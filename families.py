@@ -26,9 +26,9 @@ from architecture import ORIGINAL
 from family_tables import ACTIVATIONS, FAMILIES, NEUTRAL, ONLY, ROPE_KEYS, ROPES, WRAPPER, Family
 from hub import Stored, find, read_json, stored_tensors
 from model import GPT, GPTConfig, on_meta
+from model_directory import CONFIG
 from words import first_few
 
-CONFIG = "config.json"
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -115,16 +115,16 @@ def _identity(path: Path, size: int, mtime_ns: int) -> tuple[str, str]:
 def _check_tokens(
     directory: Path, meta: dict, split: str, block_size: int | None, vocab_size: int | None, hashes: bool
 ) -> None:
-    path = directory / f"{split}.bin"
-    tokens = _check_size(path, meta, meta.get(split), _remedy(directory))
-    if hashes and meta:
-        _check_hash(path, meta[split]["sha256"], _remedy(directory))
+    path, remedy = directory / f"{split}.bin", _remedy(directory)
+    tokens = _check_size(path, meta, meta.get(split), remedy)
+    if hashes and meta and (found := sha256_of(path)) != (expected := meta[split]["sha256"]):
+        raise ValueError(f"{path} is damaged: its sha256 is {found[:12]}, and {META} says {expected[:12]}{remedy}")
     if block_size is not None and tokens <= block_size:
         raise ValueError(
             f"{path} has {tokens:,} tokens, and block_size {block_size:,} needs {block_size + 1:,}: choose a smaller "
             "block_size, or prepare more text or another --val_fraction"
         )
-    _check_ids(path, meta, vocab_size, _remedy(directory))
+    _check_ids(path, meta, vocab_size, remedy)
 
 
 def _check_size(path: Path, meta: dict, entry: dict | None, remedy: str) -> int:
@@ -148,12 +148,6 @@ def _check_size(path: Path, meta: dict, entry: dict | None, remedy: str) -> int:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_hash(path: Path, expected: str, remedy: str) -> None:
-    found = sha256_of(path)
-    if found != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found[:12]}, and {META} says {expected[:12]}{remedy}")
 
 
 def _check_ids(path: Path, meta: dict, vocab_size: int | None, remedy: str) -> None:
