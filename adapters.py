@@ -32,8 +32,8 @@ import files
 import lora
 import lora_layers
 from families import fused_layers, has_images
-from hub import raw_bytes, write_tensors
 from model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tensor_files import raw_bytes, write_tensors
 
 CONFIG, WEIGHTS = (Path(name).name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 OLD_WEIGHTS = "adapter_model.bin"

@@ -2,7 +2,7 @@
 
     model = load_pretrained("/models/Qwen3-0.6B", dtype=torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
-    write_tensors(file, hf_state(model), {"format": "pt"})  # hub's; they may be views, which safetensors refuses
+    write_tensors(file, hf_state(model), {"format": "pt"})  # they may be views, which safetensors refuses
 
 What sets a family apart stands in family_tables.py. A config.json may ask for what GPT does not compute, and next
 year's will. So a key is read, or is known to change no number, or has a value that switches it off; any other is an
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 import files
 from architecture import ORIGINAL
 from family_tables import ACTIVATIONS, FAMILIES, NEUTRAL, ONLY, ROPE_KEYS, ROPES, WRAPPER, Family
-from hub import Stored, find, read_json, stored_tensors
+from hub import find, read_json
 from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG
+from tensor_files import Stored, stored_tensors
 from words import first_few
 
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it

@@ -18,9 +18,9 @@ import safetensors
 import torch
 
 import families
-from hub import write_tensors
 from model import GPT, GPTConfig
 from model_directory import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, WEIGHTS
+from tensor_files import write_tensors
 from tokenizer import EOT
 from words import first_few
 

@@ -41,8 +41,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 import files
-from hub import write_tensors
 from model_directory import SHARD, SHARDS
+from tensor_files import write_tensors
 
 Plan = SavePlan | LoadPlan
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}

@@ -20,10 +20,11 @@ import families
 import family_tables
 import files
 from checkpoint import CheckpointManager
-from hub import read_json, stored_tensors
+from hub import read_json
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
 from registry.catalogue import ALIASES, ARCHITECTURES
 from registry.plain_tokenizer import PlainTokenizer
+from tensor_files import stored_tensors
 from words import first_line
 
 ENCODER, DECODER, SEQ2SEQ = ARCHITECTURES

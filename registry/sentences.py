@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hub import read_json, stored_tensors
+from hub import read_json
+from tensor_files import stored_tensors
 
 MODULES, SETTINGS = "modules.json", "sentence_bert_config.json"
 POOLINGS = ("mean", "cls", "last")

@@ -22,10 +22,11 @@ import hub
 from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
 from registry import loading
+from tensor_files import DTYPES, Stored
 from weights import build_model, read_checkpoint
 from words import first_line
 
-STORED_DTYPES = {name: dtype for dtype, name in hub.DTYPES.items()}
+STORED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def skeleton(folder: str | Path) -> nn.Module:
@@ -110,7 +111,7 @@ def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int
     def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         return torch.zeros((), dtype=dtype or torch.int8).expand(shape)
 
-    tensors = {name: hub.Stored(shape, lambda s=shape, d=dtype: zeros(s, d)) for name, (shape, dtype) in stored.items()}
+    tensors = {name: Stored(shape, lambda s=shape, d=dtype: zeros(s, d)) for name, (shape, dtype) in stored.items()}
     return families.load_state(config, families.family_of(hf, folder)[0], tensors, folder, device="meta")
 
 

@@ -33,8 +33,8 @@ import lora
 import merge_lora
 from checkpoint import CheckpointManager
 from configurator import FIELDS, RunConfig
-from hub import write_tensors
 from model import GPT, GPTConfig
+from tensor_files import write_tensors
 from tokenizer import EOT, Tokenizer, train_bpe
 
 LLAMA = {"block": "llama", "activation": "silu", "bias": False}
