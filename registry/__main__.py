@@ -3,6 +3,9 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import files
 import script
@@ -110,25 +113,24 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     )
 
 
-if __name__ == "__main__":
-    script.begin()
-    ARGUMENTS = parse()  # --help and mistakes do not wait for torch
-
-from registry import memory_report, names, parts, resolve
-
-RUN = {
-    "list": names.run_list,
-    "where": resolve.run_where,
-    "show": parts.run_show,
-    "parts": parts.run_parts,
-    "compare": parts.run_compare,
-    "memory": memory_report.run_memory,
+PLACES = {  # {command: the module with its run_COMMAND}
+    "list": "names",
+    "where": "resolve",
+    "show": "parts",
+    "parts": "parts",
+    "compare": "parts",
+    "memory": "memory_report",
 }
+
+
+def runner_of(command: str) -> Callable[[argparse.Namespace], tuple[str, Any]]:
+    """What runs a command. Its module is imported now: most need torch, which takes a second; `where` does not."""
+    return getattr(import_module(f"registry.{PLACES[command]}"), f"run_{command}")
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
-        text, data = RUN[arguments.command](arguments)
+        text, data = runner_of(arguments.command)(arguments)
     except (ValueError, OSError) as error:
         if arguments.json:
             print(json.dumps({"error": str(error), **getattr(error, "data", {})}, indent=2))
@@ -144,5 +146,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    script.begin()
+    given = parse()  # --help and mistakes do not wait for torch
+    runner_of(given.command)
     script.ready()
-    sys.exit(main(ARGUMENTS))
+    sys.exit(main(given))

@@ -20,7 +20,7 @@ from torch import nn
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
 from registry import comparison, loading, parts, picture
-from registry.__main__ import RUN, parse
+from registry.__main__ import parse, runner_of
 from registry.parts import (
     ModelDecomposer,
     ModelFamily,
@@ -931,7 +931,7 @@ def test_folders_swap_their_parts_once_loaded_and_shapes_alone_do_not(registry, 
 
 def command(*arguments: str) -> tuple[str, dict]:
     chosen = parse(list(map(str, arguments)))
-    text, data = RUN[chosen.command](chosen)
+    text, data = runner_of(chosen.command)(chosen)
     assert isinstance(chosen.json, bool)
     return text, json.loads(json.dumps(data, allow_nan=False))
 
