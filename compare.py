@@ -66,12 +66,12 @@ from tqdm import tqdm
 import lora
 from checkpoint import CheckpointManager
 from data.batches import sequences
+from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from device import DTYPES, keep_freed_memory, pick_device
 from distributed import Ranks
 from model import GPT
 from model_directory import is_lora, read_about
-from preflight import find_dataset
 from registry.resolve import folder_of
 from sample import check_seed, find_tokenizer, read_prompt
 from tokenizer import EOT, Tokenizer

@@ -52,13 +52,14 @@ from torch import Tensor
 import lora
 from checkpoint import CheckpointManager
 from data.batches import fixed_batches, sequences
+from data.finding import dataset_directory, find_dataset
 from data.tokens import dataset_problems
 from device import DTYPES
 from distributed import Ranks
 from model import GPT, GPTConfig
 from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, status
 from naming import ModelName, size_label
-from preflight import ROOT, dataset_directory, find_dataset, foreign_files
+from preflight import foreign_files
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
@@ -138,7 +139,7 @@ def real_text(
         return *sequences(dataset.val, starts, length), dataset.name
     if tokenizer is None:
         raise ValueError(f"the run's dataset ({run_dataset}) is not here, nor a tokenizer for other text: give --data")
-    readme = ROOT / "README.md"
+    readme = Path(__file__).resolve().with_name("README.md")
     ids = np.array(Tokenizer.load(tokenizer).encode(readme.read_text(encoding="utf-8")))
     length = min(config.block_size, LENGTH, len(ids) - 1)
     return *sequences(ids, fixed_batches(ids, length, SEQUENCES, SEQUENCES)[0], length), readme.name

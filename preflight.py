@@ -3,8 +3,6 @@
 import contextlib
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +15,8 @@ import files
 import lora
 from checkpoint import CheckpointManager
 from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
-from data.tokens import Dataset, dataset_problems, load_dataset, open_retokenized, retokenize, retokenized_directory
+from data.finding import find_dataset
+from data.tokens import Dataset, dataset_problems
 from distributed import Ranks
 from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, on_meta
@@ -26,10 +25,7 @@ from naming import ModelName, size_label
 from optimizer import start_branches_at_zero
 from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
-from tokenizer import Tokenizer
 from weights import build_model, reshaped
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -194,41 +190,6 @@ def adapt(model: GPT, config: RunConfig) -> list[str]:
 def _raise_all(problems: list[str]) -> None:
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def dataset_directory(name: str) -> Path:
-    """A folder under data/, or a path."""
-    path, known = files.expanded(name), ROOT / "data" / name
-    return known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
-
-
-def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Dataset:
-    """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
-
-    `tokenizer` is the tokenizer.json of the model that will read it, if there is one. Where the dataset holds tokens of
-    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned.
-    """
-    directory = dataset_directory(name)
-    script = directory / "prepare.py"
-    if ranks.main and script.is_file() and not (directory / "train.bin").exists():
-        print(f"{directory} has no token files yet; running {script.name} there", flush=True)
-        code = subprocess.run([sys.executable, str(script)], check=False).returncode
-        if code:
-            raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
-    ranks.agree(None)  # the others wait here
-    if not directory.is_dir():
-        names = ", ".join(sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
-        raise FileNotFoundError(f"there is no dataset {name}; data/ has {names}, and the path of a folder will do too")
-    dataset, wanted = load_dataset(directory), Tokenizer.load(tokenizer) if tokenizer else None
-    if wanted is None or dataset.tokenizer_fingerprint in (None, wanted.fingerprint):  # None: a nanoGPT folder
-        return dataset
-    target = retokenized_directory(dataset, wanted)
-    if ranks.main and open_retokenized(dataset, wanted) is None:
-        own = dataset.meta["tokenizer"]["name"]
-        print(f"{directory} holds tokens of {own}; writing it in those of {wanted.name} to {target}", flush=True)
-        retokenize(dataset, wanted)
-    ranks.agree(None)
-    return load_dataset(target)
 
 
 def _vocab_size(config: RunConfig, dataset: Dataset) -> int:

@@ -26,6 +26,7 @@ import files
 import tokenizer as tokenizer_module
 from data import docstrings, preparation, sources, tokens
 from data import format as data_format
+from data.finding import find_dataset
 from data.preparation import train_tokenizer
 from data.scientific.prepare import unwrapped
 from data.shakespeare.prepare import passages
@@ -43,7 +44,6 @@ from data.tokens import (
     write_dataset,
 )
 from distributed import Ranks
-from preflight import find_dataset
 from tokenizer import Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
