@@ -20,7 +20,6 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,21 +167,20 @@ class CheckpointManager:
         dtype, tokenizer = next(model.parameters()).dtype, (texts or {}).get(TOKENIZER)
         configurations, why_not = hugging_face.configurations(model.config, dtype, metadata["config"], tokenizer)
         about |= {"hugging_face": f"no: {why_not}"} if why_not else {}
-        small = {name: _json(content) for name, content in configurations.items()}
-        small |= {MODEL_ARGS: _json(arguments), **(texts or {})}
+        contents: dict[str, files.Content] = {name: _json(value) for name, value in configurations.items()}
+        contents |= {MODEL_ARGS: _json(arguments), **(texts or {})}
         if adapted:
             about["adapter_parameters"] = sum(tensor.numel() for tensor in own.values())
         if best and adapted:
-            small |= _adapter_files(model, directory, metadata["base"], fingerprint)
-        writers = {name: _write_bytes(data) for name, data in small.items()}
+            contents |= _adapter_files(model, directory, metadata["base"], fingerprint)
         if best and not adapted:
-            writers[WEIGHTS] = lambda file: torch.save(common, file)
+            contents[WEIGHTS] = lambda file: torch.save(common, file)
             if not why_not:
-                writers[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
+                contents[HF_WEIGHTS] = lambda file: hugging_face.write_weights(file, model)
         if training_state is not None:
             weights = {"model": {}} if shards else {}
-            writers[STATE] = lambda file: torch.save({**common, **weights, **training_state}, file)
-        files.commit(directory, writers, about, shards, _superseded(directory, shards) if training_state else ())
+            contents[STATE] = lambda file: torch.save({**common, **weights, **training_state}, file)
+        files.commit(directory, contents, about, shards, _superseded(directory, shards) if training_state else ())
         files.write_atomic(directory / CARD, model_card(about, arguments).encode())
 
     @staticmethod
@@ -258,8 +256,7 @@ class CheckpointManager:
                 pass
         if SHARDS not in listed:
             return None
-        with files.open_verified(directory, SHARDS) as file:
-            content = file.read()
+        content = files.read_verified(directory, SHARDS)
         try:
             return json.loads(content)
         except ValueError as error:
@@ -307,8 +304,7 @@ class CheckpointManager:
         reference = CheckpointManager.base_reference(path, directory)
         if reference["sha256"] != expected:
             raise ValueError(f"{path} was saved anew while it was read, and is no longer the base of {directory}")
-        with files.open_verified(directory, MODEL_ARGS) as file:
-            wanted = GPTConfig(**json.load(file))
+        wanted = GPTConfig(**json.loads(files.read_verified(directory, MODEL_ARGS)))
         model = reshaped(model if mapped else model.float(), wanted.block_size, wanted.dropout)
         # The same weights with another config.json, say with another rope_theta, are another model.
         if changed := [
@@ -426,10 +422,7 @@ def _load_adapted(
     """The model of a LoRA directory, and what a ckpt.pt would say besides the weights."""
     model, _ = CheckpointManager.load_base(directory, base, device, mapped=mapped)
     names = (MODEL_ARGS, CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    content = {}
-    for name in names:
-        with files.open_verified(directory, name) as file:
-            content[name] = file.read()
+    content = {name: files.read_verified(directory, name) for name in names}
     adapters.install_adapter(model, content[ADAPTER_CONFIG], content[ADAPTER_WEIGHTS], directory / ADAPTERS, untie=True)
     return model, {
         "model_args": json.loads(content[MODEL_ARGS]),
@@ -492,10 +485,6 @@ def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], finge
     described |= {"fan_in_fan_out": transposed, "inside": inside}
     written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
-
-
-def _write_bytes(data: bytes) -> Callable[[files.HashedFile], Any]:
-    return lambda file: file.write(data)
 
 
 if __name__ == "__main__":

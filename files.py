@@ -64,7 +64,10 @@ def staged_name(path: Path) -> Path:
     return path.with_name(f".{path.name}{NEW}")
 
 
-def stage(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
+Content = bytes | Callable[[HashedFile], Any]  # of a file: itself, or what fills an open one
+
+
+def stage(path: Path, content: Content) -> dict[str, Any]:
     """Write what will become `path` beside it, durably, and return its size and sha256. Leaves nothing when it fails.
 
     Opening with "wb" creates the file as the umask says, unlike `tempfile` or safetensors' own writer (mode 0600).
@@ -74,7 +77,7 @@ def stage(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(staged_name(path), "wb") as file:
             hashed = HashedFile(file)
-            write(hashed)
+            hashed.write(content) if isinstance(content, bytes) else content(hashed)
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
@@ -119,22 +122,22 @@ def expanded(path: str | os.PathLike) -> Path:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace the content of `path`: afterwards it is the old or the new one, whatever happens. One process at a time:
     others would write to the same temporary name."""
-    stage(path, lambda file: file.write(data))
+    stage(path, data)
     os.replace(staged_name(path), path)
     sync_directory(path.parent)
 
 
 def commit(
     directory: Path,
-    writers: dict[str, Callable[[HashedFile], None]],
+    contents: dict[str, Content],
     meta: dict[str, Any],
     staged: dict[str, dict[str, Any]] | None = None,
     without: Collection[str] = (),
 ) -> None:
     """Write several files and the marker as one: all of them are in force afterwards, or none.
 
-    `writers` maps relative names to functions that fill an open file, and `staged` names what other processes have
-    staged since the last `recover`, with what `stage` gave for it. Files the marker lists already are kept, but not
+    `contents` are by relative name, and `staged` names what other processes have staged since the last `recover`, with
+    what `stage` gave for it. Files the marker lists already are kept, but not
     those of `without`. `meta` is stored in the marker beside the list.
     """
     if not staged:
@@ -142,12 +145,12 @@ def commit(
     entries = {**(read_marker(directory) or {}).get("files", {}), **(staged or {})}
     entries = {name: entry for name, entry in entries.items() if name not in without}
     try:
-        for name, write in writers.items():
-            entries[name] = stage(directory / name, write)
+        for name, content in contents.items():
+            entries[name] = stage(directory / name, content)
         marker = json.dumps({**meta, "files": entries}, indent=2, allow_nan=False).encode()
-        stage(directory / PENDING, lambda file: file.write(marker))
+        stage(directory / PENDING, marker)
     except BaseException:
-        for name in (*writers, *(staged or ())):
+        for name in (*contents, *(staged or ())):
             staged_name(directory / name).unlink(missing_ok=True)
         raise
     os.replace(staged_name(directory / PENDING), directory / PENDING)
@@ -244,6 +247,11 @@ def open_verified(directory: Path, name: str) -> Iterator[BinaryIO]:
                 return
         if (read_marker(directory), find(directory, name)) == (marker, path):
             raise ValueError(f"{directory / name} is damaged: {problem}")
+
+
+def read_verified(directory: Path, name: str) -> bytes:
+    with open_verified(directory, name) as file:
+        return file.read()
 
 
 def _difference(file: BinaryIO, expected: dict[str, Any]) -> str | None:

@@ -117,8 +117,7 @@ def merge(
     kept |= {key: about[key] for key in ("dataset", "tokenizer", "best") if key in about}
     texts = {}
     if TOKENIZER in about["files"]:
-        with files.open_verified(directory, TOKENIZER) as file:
-            texts[TOKENIZER] = file.read()
+        texts[TOKENIZER] = files.read_verified(directory, TOKENIZER)
     with files.lock(destination):
         already(destination, merge_of, result.num_params())  # nobody has come between
         CheckpointManager.save_checkpoint(result, destination, {**kept, "merge": merge_of}, texts=texts)

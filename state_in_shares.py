@@ -187,7 +187,7 @@ class Writer(Storage, StorageWriter):
             for name, about in metadata.state_dict_metadata.items()
         }
         content = json.dumps({"tensors": tensors}).encode()
-        self.entries[SHARDS] = files.stage(self.directory / SHARDS, lambda file: file.write(content))
+        self.entries[SHARDS] = files.stage(self.directory / SHARDS, content)
 
     def sweep(self) -> None:
         for name in (self.name, SHARDS):
