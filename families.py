@@ -28,7 +28,7 @@ from hub import find, read_json
 from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG
 from tensor_files import Stored, stored_tensors
-from words import first_few
+from words import first_few, misfits
 
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -343,15 +343,12 @@ def load_state(
     found = _by_known_names(tensors, family, "transformer." if config.block == "gpt2" else "model.")
     absent = {name for name, parts in layout.items() if not parts.keys() & ours.keys()}  # a bias-free GPT-2's biases
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    problems = [f"{name} is missing" for name in layout if name not in found and name not in absent]
-    problems += [f"{name} is unexpected" for name in found if name not in layout]
-    for name in layout.keys() & found.keys():
+    wanted = {}
+    for name in layout.keys() - (absent - found.keys()):
         rows, *rest = zip(*layout[name].values(), strict=True)
-        wanted = (sum(rows), *(sizes[0] for sizes in rest))
-        wanted = wanted[::-1] if _is_turned(name, family) else wanted
-        if found[name].shape != wanted:
-            problems.append(f"{name} is {found[name].shape} where the model has {wanted}")
-    if problems:
+        shape = (sum(rows), *(sizes[0] for sizes in rest))
+        wanted[name] = shape[::-1] if _is_turned(name, family) else shape
+    if problems := misfits({name: tensor.shape for name, tensor in found.items()}, wanted):
         raise ValueError(f"{source} does not hold the model that its {CONFIG} describes: {first_few(sorted(problems))}")
     tokens = next(name for name, tensor in model.named_parameters() if tensor is model.embedding.weight)
     dtype = dtype or found[tokens].read().dtype

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lora_config import LoRAConfig, is_number, nearest
 from lora_layers import adaptable, features, is_quantised, plan_of, ties_of
-from words import first_few
+from words import first_few, misfits
 
 DEFAULT = "default"  # an adapter's name when nobody gives one; PEFT's too
 
@@ -414,13 +414,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], adapter:
     Raises ValueError, and loads nothing, when a tensor is missing, belongs nowhere or has another shape.
     """
     own = lora_state_dict(model, adapter)
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} belongs to no layer of it" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    raise_some("these tensors are not this adapter's", problems)
+    shapes = ({key: tensor.shape for key, tensor in of.items()} for of in (state, own))
+    raise_some("these tensors are not this adapter's", misfits(*shapes))
     for key, tensor in own.items():
         tensor.copy_(state[key])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, on_meta
-from words import first_few, first_line
+from words import first_few, first_line, misfits
 
 
 def read_checkpoint(file: BinaryIO, path: Path, device: str | torch.device, mapped: bool = False) -> dict[str, Any]:
@@ -63,14 +63,7 @@ def build_model(checkpoint: dict[str, Any], source: Path) -> GPT:
     expected = model.state_dict()
     if model.config.tie_word_embeddings:
         _complete_tied(state, source, "transformer.wte" if model.config.block == "gpt2" else "model.embed_tokens")
-    problems = [f"{key} is missing" for key in expected.keys() - state.keys()]
-    problems += [f"{key} is unexpected" for key in state.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} where the model has {tuple(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    ]
-    if problems:
+    if problems := misfits(*({key: tensor.shape for key, tensor in of.items()} for of in (state, expected))):
         raise ValueError(f"{source} does not hold the model its model_args describe: {first_few(sorted(problems))}")
     model.load_state_dict(state, assign=True)
     model.tie_head()

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +16,17 @@ def first_few(problems: Iterable[str], shown: int = 5) -> str:
     problems = list(problems)
     more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
     return "; ".join(problems[:shown] + more)
+
+
+def misfits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
+    """How the tensors of a file, {name: shape}, are not those of a model."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    return problems + [
+        f"{name} is {tuple(found[name])} where the model has {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
 
 
 def as_table(rows: Iterable[tuple[str, ...]]) -> str:
