@@ -310,9 +310,19 @@ def test_nor_does_a_configuration_that_cannot_be(tmp_path):
     assert code == 1 and "n_embd=320 must be a multiple of n_head=7" in output and "rank=0" in output and not slow
 
 
-def test_nor_does_the_list_of_what_is_in_a_folder(tmp_path):
-    code, slow, output = imported("checkpoint.py", "list", str(tmp_path))
-    assert code == 0 and "best val loss" in output and not slow
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("checkpoint.py list {}", "best val loss"),
+        ("checkpoint.py prune {}", "nothing to prune"),
+        ("checkpoint.py show {}", "has no export_meta.json: nothing to show"),
+        ("checkpoint.py deploy {} x", "is not a complete model directory"),
+        ("-m registry where {}", "the folder is empty"),
+    ],
+)
+def test_nor_does_what_looks_at_no_weights(tmp_path, command, words):
+    _, slow, output = imported(*command.format(tmp_path).split())
+    assert words in output and not slow
 
 
 def test_a_run_imports_matplotlib_for_its_first_picture():
