@@ -15,6 +15,7 @@ this sees whole files of either state.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -117,6 +118,12 @@ def expanded(path: str | os.PathLike) -> Path:
     if found == "~" or found.startswith("~/"):
         raise ValueError(f"{path}: the home folder is not known (neither HOME nor the system's list of users says)")
     return Path(found)
+
+
+def free_name(path: Path, ending: str) -> Path:
+    """`path` with `ending`, and with a number behind that where there is such a file or folder already."""
+    names = (path.with_name(f"{path.name}{ending}{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -1,7 +1,6 @@
 """Looking after many model directories: list, show, deploy, prune (checkpoint.py's command line). Opens no weights."""
 
 import contextlib
-import itertools
 import json
 import re
 import shutil
@@ -31,6 +30,8 @@ from model_directory import (
 )
 from naming import ModelName
 from words import as_table
+
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of macOS and Windows
 
 
 def contents(directory: Path) -> dict[Path, tuple[int, int]]:
@@ -128,10 +129,9 @@ def superseded(complete: list[Path]) -> dict[Path, str]:
             versions.setdefault(replace(name, version=""), []).append((order, path))
     found = {}
     for group in versions.values():
-        paths = [path for _, path in sorted(group)]
-        for number, path in enumerate(paths):
-            about = read_about(path)
-            newer = [(other, read_about(other)) for other in paths[number + 1 :]]
+        versions_of_one = [(path, read_about(path)) for _, path in sorted(group)]
+        for number, (path, about) in enumerate(versions_of_one):
+            newer = versions_of_one[number + 1 :]
             fit = [(other, best) for other, best in newer if STATE in best["files"] or STATE not in about["files"]]
             if fit and _alike(about, fit[-1][1]) and about["best_val_loss"] >= fit[-1][1]["best_val_loss"]:
                 found[path] = f"superseded by {fit[-1][0].name}"
@@ -158,22 +158,23 @@ def _kept_though_torn(directory: Path) -> str:
             return f"no {files.MARKER} says whether its {name} is whole: delete it by hand"
         if path.is_file() and path.stat().st_size == entry["size"]:
             return f"it is torn, but its {name} is whole"
-    strange = _strange(directory)
+    strange = _strange(directory, marker)
     return f"it is torn, but {strange} is no file of a run" if strange else ""
 
 
-def _strange(directory: Path) -> str | None:
-    """The name of a file in a model directory that no run has written."""
+def _strange(directory: Path, marker: dict[str, Any] | None) -> str | None:
+    """The name of a file in a model directory that no run has written, nor a system that looks into folders."""
+    known = OF_A_RUN | files.listed(marker).keys() | LITTER
     names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
-    ours = (name in OF_A_RUN or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW) for name in names)
-    return next((name for name, known in zip(names, ours, strict=True) if not known), None)
+    ours = (name in known or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW) for name in names)
+    return next((name for name, own in zip(names, ours, strict=True) if not own), None)
 
 
-def _may_need(path: Path, base: Path) -> bool:
+def _may_need(path: Path, base: Path, doomed: bool) -> bool:
     """Whether `path` is a LoRA directory with this base, or may become one: a run has no marker to say so before its
-    first save."""
+    first save. What is doomed, and not being written, needs nothing."""
     with contextlib.suppress(ValueError, OSError):
-        about = read_about(path)
+        about = None if doomed else read_about(path)
         if about is None:
             with files.lock(path):
                 return False
@@ -182,11 +183,6 @@ def _may_need(path: Path, base: Path) -> bool:
         within = base_folder(path, about["base"]).resolve().is_relative_to(base.resolve())
         return within or holds(base, about["base"]["sha256"])
     return True  # it is being written, or nobody can read its marker
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.pruned{number or ''}") for number in itertools.count())
-    return next(name for name in names if not name.exists())
 
 
 def prune(root: Path, yes: bool) -> str:
@@ -210,11 +206,12 @@ def judge(states: dict[Path, str]) -> tuple[dict[Path, str], list[str]]:
             lines.append(f"kept {path}: {why}")
         else:
             doomed[path] = "torn"
+    torn = list(doomed)
     for path, reason in superseded([path for path, state in own.items() if state == "complete"]).items():
-        if strange := _strange(path):
+        if strange := _strange(path, read_about(path)):
             lines.append(f"kept {path}: it is {reason}, but {strange} is no file of a run")
-        elif adapter := next((other for other in states if other != path and _may_need(other, path)), None):
-            lines.append(f"kept {path}: it is the base of {adapter.name}, or may be")
+        elif adapters := [other for other in states if other != path and _may_need(other, path, other in torn)]:
+            lines.append(f"kept {path}: it is the base of {adapters[0].name}, or may be")
         else:
             doomed[path] = reason
     return doomed, lines
@@ -228,7 +225,7 @@ def _delete(directory: Path, reason: str, seen: dict[Path, tuple[int, int]] | No
             if contents(directory) != seen:
                 raise ValueError("it was written to meanwhile")
             if yes:  # where it cannot be moved it cannot be deleted, and stays whole
-                rest = directory.rename(_free_name(directory))
+                rest = directory.rename(files.free_name(directory, ".pruned"))
                 shutil.rmtree(rest, ignore_errors=True)
                 size += f"; what could not be deleted is in {rest}" if rest.exists() else ""
     except (ValueError, OSError) as error:

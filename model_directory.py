@@ -140,7 +140,7 @@ def models_in(root: Path) -> dict[Path, str]:
 
 def holds(directory: Path, sha256: str) -> bool:
     """Whether a directory is a whole model's, no adapter's, and has weights with this hash."""
-    with contextlib.suppress(ValueError):  # a marker that is none
+    with contextlib.suppress(ValueError, OSError):  # a marker that is none, or that nobody may read
         marker = files.read_marker(directory)
         return not is_lora(marker) and sha256 in [entry["sha256"] for entry in files.listed(marker).values()]
     return False
@@ -149,19 +149,17 @@ def holds(directory: Path, sha256: str) -> bool:
 def only_base_of(directory: Path) -> list[Path]:
     """The LoRA directories beside a model that would lose their base with it: they adapt its weights as they are now,
     and no other directory beside it has these, nor has the place where the adapter looks first."""
-    found, others = {}, []
+    found, others = [], []
     for parent in {directory.absolute().parent, directory.resolve().parent}:
         with contextlib.suppress(OSError):  # which nobody may list
             others += [path for path in models_in(parent) if not path.samefile(directory)]
     for path in others:
         with contextlib.suppress(ValueError, OSError):
-            if is_lora(about := read_about(path)) and holds(directory, about["base"]["sha256"]):
-                found[path] = about["base"]["sha256"], base_folder(path, about["base"])
-    return [
-        path
-        for path, (sha256, own) in found.items()
-        if not any(holds(other, sha256) for other in [*others, own] if other.resolve() != directory.resolve())
-    ]
+            if is_lora(about := read_about(path)) and holds(directory, sha256 := about["base"]["sha256"]):
+                places = [*others, base_folder(path, about["base"])]
+                if not any(holds(place, sha256) for place in places if place.resolve() != directory.resolve()):
+                    found.append(path)
+    return found
 
 
 def base_folder(directory: Path, reference: dict[str, str]) -> Path:

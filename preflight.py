@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -134,7 +135,8 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if state["iter_num"] < config.max_iters and (adapters := [path.name for path in only_base_of(directory)]):
         problems.append(
             f"{', '.join(adapters)} adapts the weights of {directory}, which would be replaced: keep a copy beside it, "
-            f"the adapter's --base from then on (python checkpoint.py deploy {directory} {directory.resolve()}-base)"
+            f"the adapter's --base from then on (python checkpoint.py deploy {shlex.quote(str(directory))} "
+            f"{shlex.quote(str(files.free_name(directory.resolve(), '-base')))})"
         )
     if state.get("threads") not in (None, torch.get_num_threads()) and not torch.cuda.is_available():
         notes.append(

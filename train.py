@@ -477,8 +477,8 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
             if not is_out_of_memory(error):
                 raise
             print(
-                f"train.py: there is not enough memory ({first_line(error)}); what was saved before is intact. Half of "
-                "batch_size and twice gradient_accumulation_steps compute the same with less, and "
+                f"train.py: there is not enough memory ({first_line(error)}); what was saved before is intact. A "
+                "smaller batch_size, with more gradient_accumulation_steps for it, computes the same with less, and "
                 "activation_checkpointing=true needs less still",
                 file=sys.stderr,
             )

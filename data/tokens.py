@@ -226,8 +226,10 @@ def _staging(directory: Path) -> Iterator[dict[str, Path]]:
     created = not directory.exists()
     try:
         names = {path.name for path in directory.glob("*")}
-        if names & OF_A_MODEL:
-            raise ValueError(f"{directory} is a model directory: choose another --out_dir for the dataset")
+        if of_a_model := sorted(names & OF_A_MODEL):
+            raise ValueError(
+                f"{directory} has a {of_a_model[0]}, as folders of models do: choose another --out_dir for the dataset"
+            )
         if "train.bin" in names and not names & {TOKENIZER, META}:  # these are the first and the last to be put there
             raise ValueError(f"the train.bin in {directory} was not made here: choose another --out_dir, or remove it")
         with files.lock(directory):

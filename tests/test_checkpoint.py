@@ -788,6 +788,23 @@ def test_a_deployment_that_was_killed_is_no_model(tmp_path):
     assert CheckpointManager.verify(tmp_path / "out") == []
 
 
+def test_prune_knows_what_a_run_has_listed_and_what_systems_leave_and_asks_nothing_of_what_goes_too(tmp_path):
+    old, metadata = tmp_path / "gpt-6K-x-pretrain", {"config": {}, "iter_num": 1, "best_val_loss": 2.5}
+    CheckpointManager.save_checkpoint(model(), old, metadata, texts={"LICENSE.txt": b"MIT"})
+    (old / ".DS_Store").write_bytes(b"Bud1")
+    save(tmp_path / "gpt-6K-x-pretrain-v2", seed=1)
+    torn = tmp_path / "other"
+    torn.mkdir()
+    (torn / files.MARKER).write_text("{}")
+    said = prune(tmp_path, yes=False)
+    assert "would delete" in said and "kept" not in said, said
+    with files.lock(torn):  # it may become one that has the other for its base
+        assert f"kept {old}: it is the base of other, or may be" in prune(tmp_path, yes=True)
+    assert old.exists()
+    prune(tmp_path, yes=True)
+    assert not old.exists() and not torn.exists()
+
+
 def test_prune_reads_no_folders_but_those_of_models(tmp_path, monkeypatch):
     save(tmp_path / "m")
     (tmp_path / "others" / "deep").mkdir(parents=True)

@@ -344,7 +344,7 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, bpe):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("config.json", "is a model directory"), ("ckpt.pt", "is a model directory"), ("train.bin", "was not made here")],
+    [("config.json", "has a config.json"), ("ckpt.pt", "has a ckpt.pt"), ("train.bin", "was not made here")],
 )
 def test_nobody_elses_files_are_written_over(tmp_path, bpe, name, words):
     (tmp_path / name).write_bytes(b"theirs")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,13 +80,15 @@ def test_a_base_is_not_trained_further_while_its_weights_lie_nowhere_else(base, 
     assert begun.returncode == 0, begun.stderr
     onward = ("train.py", "init_from=resume", f"out_dir={folder}", "max_iters=41")
     before = CheckpointManager.base_reference(folder, tmp_path)["sha256"]
+    (tmp_path / "base-base").mkdir()  # as an earlier copy that has adapters of its own
     done = script(*onward)
     assert done.returncode == 1 and f"run adapts the weights of {folder}, which would be replaced" in done.stderr
     assert CheckpointManager.base_reference(folder, tmp_path)["sha256"] == before
-    assert script("checkpoint.py", "deploy", folder, f"{folder}-base").returncode == 0
+    advice = re.search(r"python (checkpoint.py deploy .+)\)", done.stderr)[1]
+    assert script(*shlex.split(advice)).returncode == 0
     done = script(*onward)
     assert done.returncode == 0, done.stderr
-    assert CheckpointManager.verify(tmp_path / "run", base=f"{folder}-base") == []
+    assert CheckpointManager.verify(tmp_path / "run", base=f"{folder}-base1") == []
 
 
 def test_too_little_memory_is_one_sentence(base, dataset, tmp_path, script):
