@@ -40,13 +40,14 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; GPT.forward advances it after the last layer
+        self.turns: dict[bool, tuple[Tensor, float]] = {}  # of the model's rotations: GPT._turns
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put (B, K, T, D) behind what `layer` holds and return all of it, (B, K, S, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values, T = self.keys[layer], self.values[layer], k.size(2)
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
+        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
 
 @dataclass
@@ -299,7 +300,7 @@ class GPT(Generation, nn.Module):
             positions = torch.arange(seen, S, device=idx.device)[None]  # (1, T)
         else:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]  # (B, T)
-        now = Pass(cache, self._masks(seen, T, attention_mask), self._rotations(positions), attentions)
+        now = Pass(cache, self._masks(seen, T, attention_mask), self._rotations(positions, cache), attentions)
         x = self._embed(idx, positions)  # (B, T, C)
         for block in self.blocks:
             if hidden_states is not None:
@@ -365,20 +366,31 @@ class GPT(Generation, nn.Module):
                 masks[local] = mask[None, None] if mask.dim() == 2 else mask[:, None]
         return masks
 
-    def _rotations(self, positions: Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+    def _rotations(self, positions: Tensor, cache: KVCache | None) -> dict[bool, tuple[Tensor, Tensor]]:
         if self.config.block == "gpt2":
             return {}
+        if (self.config.rope_scaling or {}).get("rope_type") == "longrope":
+            turns = self._turns(int(positions.max()) + 1)
+        elif cache is None:
+            turns = self._turns()
+        else:
+            turns = cache.turns = cache.turns or self._turns()
         rotations = {}
-        longest = int(positions.max()) + 1 if (self.config.rope_scaling or {}).get("rope_type") == "longrope" else 0
+        for local, (frequencies, factor) in turns.items():
+            angles = positions[:, None, :, None] * frequencies.to(positions.device)  # (1 or B, 1, T, rotary)
+            rotations[local] = angles.cos() * factor, angles.sin() * factor
+        return rotations
+
+    def _turns(self, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
+        """What `rope_frequencies` gives, for both dimensions of each pair, by whether a layer has the window."""
+        turns = {}
         for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
             theta, scaling = self.config.rope_theta, self.config.rope_scaling
             if local and self.config.rope_local_theta is not None:
                 theta, scaling = self.config.rope_local_theta, None
             frequencies, factor = rope_frequencies(theta, scaling or {}, self.config.rotary, longest)
-            pairs = torch.cat([-frequencies, frequencies]).to(positions.device)
-            angles = positions[:, None, :, None] * pairs  # (1 or B, 1, T, rotary)
-            rotations[local] = angles.cos() * factor, angles.sin() * factor
-        return rotations
+            turns[local] = torch.cat([-frequencies, frequencies]), factor
+        return turns
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, keeping the first position embeddings. Raises ValueError for a longer one."""

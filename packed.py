@@ -1,17 +1,27 @@
-"""A model to generate with on a processor: weights in 16 or 8 bits, everything else as it was.
+"""A model to generate with on a processor: weights in 16 or 8 bits, and blocks of few operations.
 
 Generating a token reads every weight once, so its speed is that of reading, and the fewer bytes the better. For one row
 of bfloat16 PyTorch's own product reads a third of what the memory gives; FBGEMM's, which is part of PyTorch on x86,
 reads all of it, takes float16 weights and float32 activations, and sums in float32. That rounds less than a model that
 is bfloat16 throughout, and no activation can overflow. In 8 bits (Dettmers et al. 2022, section 2.1) the
 weights of a row share a scale, and the activations are rounded to bfloat16.
+
+A token is also hundreds of operations on a row of numbers, each of which takes longer to call than to compute. So the
+blocks of model.py are written anew here, for inference alone: layers that read the same row are one product, a norm is
+as few operations as there can be, and no module is called.
 """
+
+import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention import rotate
 from device import pick_dtype
+from model import GPT, Block, LlamaBlock, Pass, RMSNorm, see
 
 LARGEST = torch.finfo(torch.float16).max
 STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
@@ -51,6 +61,95 @@ class Int8Linear(nn.Module):
 
 
 KINDS = {"float16": HalfLinear, "int8": Int8Linear}
+Function = Callable[[Tensor], Tensor]
+
+
+# ---- blocks
+
+
+class PackedBlock(nn.Module):
+    """A Block with all its layers' weights as `kind` has them. It takes what that takes and gives what that gives."""
+
+    def __init__(self, block: Block, kind: str):
+        super().__init__()
+        attention, mlp = block.attn, block.mlp
+        self.config, self.layer, self.D = attention.config, attention.layer, attention.config.D
+        self.before_attention, self.before_mlp = layer_norm(block.ln_1), layer_norm(block.ln_2)
+        self.qkv, self.out = product(kind, attention.c_attn), product(kind, attention.c_proj)
+        self.up, self.down, self.activation = product(kind, mlp.c_fc), product(kind, mlp.c_proj), mlp.activation
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.before_attention(x)).view(B, T, 3, -1, self.D).permute(2, 0, 3, 1, 4).unbind()
+        x = x + self.out(see(q, k, v, self.config, self.layer, now, 0.0))
+        return x + self.down(self.activation(self.up(self.before_mlp(x))))
+
+
+class PackedLlamaBlock(nn.Module):
+    """The same of a LlamaBlock."""
+
+    def __init__(self, block: LlamaBlock, kind: str):
+        super().__init__()
+        attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
+        self.config, self.layer, self.local = config, attention.layer, config.is_local(attention.layer)
+        self.heads, self.D = [config.n_head, config.kv_heads, config.kv_heads], config.D
+        self.qkv = product(kind, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qk_norms = [rms_norm(norm) for norm in (attention.q_norm, attention.k_norm)] if config.qk_norm else None
+        self.out, self.down = product(kind, attention.o_proj), product(kind, mlp.down_proj)
+        self.gate_and_up, self.activation = product(kind, mlp.gate_proj, mlp.up_proj), mlp.activation
+        norms = [block.input_layernorm, block.post_attention_layernorm]
+        if config.post_norms:
+            norms += [block.pre_feedforward_layernorm, block.post_feedforward_layernorm]
+            self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp = map(rms_norm, norms)
+        else:
+            self.before_attention, self.before_mlp = map(rms_norm, norms)
+        self.post_norms = config.post_norms
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.before_attention(x)).view(B, T, -1, self.D).transpose(1, 2).split(self.heads, dim=1)
+        if self.qk_norms is not None:
+            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
+        q, k = rotate(q, now.rotations[self.local]), rotate(k, now.rotations[self.local])
+        y = self.out(see(q, k, v, self.config, self.layer, now, 0.0))
+        x = x + (self.behind_attention(y) if self.post_norms else y)
+        gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, dim=-1)
+        y = self.down(self.activation(gate) * up)
+        return x + (self.behind_mlp(y) if self.post_norms else y)
+
+
+def product(kind: str, *layers: nn.Linear) -> Function:
+    """What linear layers give of the same input, one behind the other. A weight that float16 cannot hold stays."""
+    layer = layers[0]
+    if len(layers) > 1:
+        layer = nn.Linear(layer.in_features, sum(part.out_features for part in layers), device="meta")
+        layer.weight = nn.Parameter(torch.cat([part.weight for part in layers]), requires_grad=False)
+        biases = [part.bias for part in layers if part.bias is not None]  # all of them or none
+        layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return (KINDS[kind](layer) if layer.weight.abs().max() <= LARGEST else layer).forward
+
+
+def layer_norm(norm: nn.LayerNorm) -> Function:
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
+
+
+def rms_norm(norm: RMSNorm) -> Function:
+    """In four operations, where PyTorch's own takes ten: x times sqrt(n) over sqrt(sum of squares + n eps)."""
+    n = len(norm.weight)
+    scale = (norm.weight.detach() + norm.plus_one) * math.sqrt(n)
+    least = torch.tensor(math.sqrt(n * norm.eps))
+
+    def normalised(x: Tensor) -> Tensor:
+        return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)).mul_(scale)
+
+    return normalised
+
+
+# ---- the model
+
+
+BLOCKS = {Block: PackedBlock, LlamaBlock: PackedLlamaBlock}
 
 
 def can_pack(device: torch.device) -> bool:
@@ -66,18 +165,21 @@ def pick_weights(name: str, device: torch.device) -> tuple[str, bool]:
     return name, name == "int8" or (name == "float16" and can_pack(device))
 
 
-def pack(model: nn.Module, dtype: str = "float16") -> nn.Module:
+def pack(model: GPT, dtype: str = "float16") -> GPT:
     """Hold the weights of a model's linear layers as `dtype`, float16 or int8, in place; for inference only.
 
-    What is packed is no parameter any more and cannot be saved. A layer with a weight that float16 cannot hold stays as
-    it was. Raises ValueError where the processor or PyTorch has no such products.
+    What is packed is no parameter any more and cannot be saved. A layer with a weight that float16 cannot hold keeps
+    it, and a block with an adapter, which is to be merged first, stays as it was. Raises ValueError where the processor
+    or PyTorch has no such products.
     """
     if not can_pack(next(model.parameters()).device):
         raise ValueError(f"dtype={dtype} for weights needs FBGEMM, which PyTorch has for x86 processors only")
     model.float()
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            # lora.py's layers are of another type: an adapter is merged first.
-            if type(layer) is nn.Linear and layer.weight.abs().max() <= LARGEST:
-                setattr(module, name, KINDS[dtype](layer))
+    for i, block in enumerate(model.blocks):
+        plain = all(type(layer) is nn.Linear for layer in block.modules() if isinstance(layer, nn.Linear))
+        if plain and type(block) in BLOCKS:
+            model.blocks[i] = BLOCKS[type(block)](block, dtype)
+    head = model.lm_head
+    if type(head) is nn.Linear and head.weight.abs().max() <= LARGEST:
+        model.lm_head = KINDS[dtype](head)
     return model

@@ -1,12 +1,14 @@
 """packed.py: weights of 16 and 8 bits give the numbers of a model that was rounded in the same way."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import packed
+from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -27,6 +29,35 @@ KINDS = {
         logit_softcap=30.0,
     ),
 }
+KINDS["gemma"] = replace(
+    KINDS["llama"],
+    qkv_bias=False,
+    qk_norm=True,
+    post_norms=True,
+    scaled_embeddings=True,
+    activation="gelu_tanh",
+    n_inner=40,
+    head_size=12,
+    sliding_window=7,
+    global_layers=(1,),
+    rope_local_theta=500.0,
+    attention_softcap=20.0,
+)
+KINDS["phi"] = replace(
+    KINDS["llama"],
+    bias=True,
+    norm_plus_one=False,
+    tie_word_embeddings=True,
+    rotary_share=0.5,
+    n_kv_head=4,
+    rope_scaling={
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 3.0],
+        "attention_factor": 1.2,
+    },
+)
 pytestmark = pytest.mark.skipif(not packed.can_pack(CPU), reason="FBGEMM is for x86 processors")
 
 
@@ -111,7 +142,29 @@ def test_int8_logits_stay_near_and_are_those_of_no_other_dtype(model):
 
 
 def test_a_weight_that_float16_cannot_hold_stays_as_it_is(model):
+    idx, mlp = torch.randint(203, (2, 9)), model.blocks[1].mlp
+    layers = [mlp.c_fc] if model.config.block == "gpt2" else [mlp.gate_proj, mlp.up_proj]  # which are one product
     with torch.no_grad():
-        model.blocks[1].mlp.get_submodule("c_fc" if model.config.block == "gpt2" else "up_proj").weight[0, 0] = 1e5
-    half = packed.pack(model)
-    assert sum(type(module) is nn.Linear for module in half.modules()) == 1
+        layers[-1].weight[0, 0] = 1e5
+        kept = [layer.weight.clone() for layer in layers]
+        expected = rounded(model)
+        for layer, weight in zip(layers, kept, strict=True):
+            path = next(path for path, module in model.named_modules() if module is layer)
+            expected.get_submodule(path).weight = nn.Parameter(weight)
+        expected = expected.double()(idx, targets=idx)[0]
+        found = packed.pack(model)(idx, targets=idx)[0]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_block_with_an_adapter_stays_as_it_is(model):
+    idx, block = torch.randint(203, (2, 9)), model.blocks[0]
+    apply_lora(model, LoRAConfig(targets=r".*\.0\..*proj"))
+    for name, parameter in model.named_parameters():
+        if ".lora" in name:
+            nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        expected = model(idx, targets=idx)[0]
+        found = packed.pack(model)(idx, targets=idx)[0]
+    assert model.blocks[0] is block and type(model.blocks[1]) in packed.BLOCKS.values()
+    assert (found - expected).abs().max() < 0.05 * expected.std()
