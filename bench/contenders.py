@@ -1,7 +1,8 @@
 """What bench/speed.py measures: one turn of a contender, from the same weights as all others of its table.
 
 A contender with packages is the model of Transformers, adapted by PEFT, in the loop that a user of theirs would write;
-"nanogpt" is nanoGPT's model and loop as they run on a processor; ours are what train.py and sample.py set up.
+"nanogpt" is nanoGPT's model and loop as they run on a processor, llama.cpp reads what export.py writes, and ours are
+what train.py and sample.py set up.
 """
 
 import math
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import export
 import packed
 from configurator import RunConfig
 from data.batches import BlockSampler
@@ -33,7 +35,7 @@ from train import Trainer, set_up
 FULL, LORA, GENERATION, LIMIT = "full training", "LoRA", "generation", "limit"
 LORA_TARGETS = ("c_attn", "c_proj")  # to both libraries the ends of paths: attn.c_attn, attn.c_proj, mlp.c_proj
 PROMPT, TOP_K, TEMPERATURE = 16, 200, 0.8  # ids; nanoGPT's sample.py draws so
-TRANSFORMERS, PEFT = ("transformers",), ("transformers", "peft")
+TRANSFORMERS, PEFT, LLAMA_CPP = ("transformers",), ("transformers", "peft"), ("gguf", "xllamacpp")
 
 
 class Contender(NamedTuple):
@@ -59,6 +61,8 @@ CONTENDERS = {
     "nanogpt-generate": Contender(GENERATION, (), "float32", plain=True),
     "transformers-generate-fp32": Contender(GENERATION, TRANSFORMERS, "float32"),
     "transformers-generate-bf16": Contender(GENERATION, TRANSFORMERS, "bfloat16"),
+    "llama-cpp-generate": Contender(GENERATION, LLAMA_CPP, "float16"),
+    "llama-cpp-generate-int8": Contender(GENERATION, LLAMA_CPP, "int8"),
     "ours-generate-fp32": Contender(GENERATION, (), "float32"),
     "ours-generate": Contender(GENERATION, (), "auto"),
     "ours-generate-int8": Contender(GENERATION, (), "int8"),
@@ -72,7 +76,7 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
     """One turn: what comes first, a warm-up, and then `steps` timed steps or texts.
 
     `seconds` are theirs, `first` those of the warm-up, `tokens` how many each has. `losses` are those before every
-    step, or of the model on one text; `norms` those of the gradients, or None.
+    step, or of the model on one text, or None; `norms` those of the gradients, or None.
     """
     contender = CONTENDERS[name]
     if contender.group == LIMIT:
@@ -82,11 +86,12 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
     model = GPT(config.model_config(config.vocab_size))
     if contender.group == LORA:
         add_adapter(model, lora)
-    if contender.packages:  # nothing holds our model from here on
+    if contender.packages not in ((), LLAMA_CPP):  # nothing holds our model from here on
         model = peft_twin(model, lora) if contender.group == LORA else transformers_twin(model)
     if contender.group == GENERATION:
-        work, dtype, losses = generation(contender, config, model, new_tokens)
-        tokens, results = new_tokens * contender.rows, [(losses, None)]
+        generate = llama_cpp if contender.packages == LLAMA_CPP else generation
+        work, dtype, loss = generate(contender, config, model, new_tokens)
+        tokens, results = new_tokens * contender.rows, [(loss, None)]
     else:
         work, dtype = training(contender, config, model, steps)
         tokens, results = tokens_per_step(config), []
@@ -200,6 +205,35 @@ def generation(
         assert made.shape == (contender.rows, PROMPT + new_tokens)
 
     return work, dtype, loss
+
+
+def llama_cpp(contender: Contender, config: RunConfig, model: GPT, new_tokens: int) -> tuple[Callable, str, None]:
+    """The same of llama.cpp, on the processor. It tells no loss of a whole text; tests/test_export.py looks at that."""
+    import gguf
+    import xllamacpp
+
+    path, layout = Path(config.out_dir) / "model.gguf", export.layout_of(model.config)
+    facts = export.architecture(model.config, layout) | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(config.vocab_size)],
+        "tokenizer.ggml.token_type": [export.NORMAL] * config.vocab_size,
+        "tokenizer.ggml.merges": ["< 0"],  # it wants some
+    }
+    kind = {"float16": "F16", "int8": "Q8_0"}[contender.dtype]
+    export.write(gguf, path, layout, facts, export.tensors(model.eval(), layout), kind)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(path), config.block_size, 1
+    settings.cpuparams.n_threads, settings.verbosity = torch.get_num_threads(), -1
+    server = xllamacpp.Server(settings)
+    ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=PROMPT).tolist()
+    asked = {"prompt": ids, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False}
+    asked |= {"temperature": TEMPERATURE, "top_k": TOP_K, "samplers": ["top_k", "temperature"]}
+
+    def work() -> None:
+        answer = server.handle_completions(asked)
+        assert answer["usage"]["completion_tokens"] == new_tokens, answer
+
+    return work, contender.dtype, None
 
 
 def transformers_twin(model: GPT) -> nn.Module:

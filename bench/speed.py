@@ -1,4 +1,4 @@
-"""Training, LoRA and generation beside nanoGPT's loop, Transformers and PEFT, and beside what the machine can do.
+"""Training, LoRA and generation beside nanoGPT's loop, Transformers, PEFT and llama.cpp, and what the machine can do.
 
     python bench/speed.py
     python bench/speed.py --rounds 3 --contenders machine,transformers-bf16,ours --json result.json
@@ -71,6 +71,8 @@ PAIRS = (  # what the closing lines compare: the first beside the second
     ("ours-generate", "nanogpt-generate"),
     ("ours-generate", "transformers-generate-fp32"),
     ("ours-generate", "transformers-generate-bf16"),
+    ("ours-generate", "llama-cpp-generate"),
+    ("ours-generate-int8", "llama-cpp-generate-int8"),
 )
 
 
@@ -152,10 +154,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         (speed, slow, fast), (ratio, low, high) = row["tokens_per_second"].values(), row["ratio"].values()
         loss, norm = row["turns"][0]["losses"][0], row["turns"][0]["norms"][0]
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
-        norm = "-" if norm is None else f"{norm:.5f}"
+        loss, norm = ("-" if number is None else f"{number:.5f}" for number in (loss, norm))
         lines.append(
             f"| {row['contender']} | {row['dtype']} | {speed:,.0f} | {slow:,.0f} - {fast:,.0f} | {ratio:.2f} | "
-            f"{low:.2f} - {high:.2f} | {share} | {row['peak_bytes'] / 2**20:,.0f} | {loss:.5f} | {norm} |"
+            f"{low:.2f} - {high:.2f} | {share} | {row['peak_bytes'] / 2**20:,.0f} | {loss} | {norm} |"
         )
     return "\n".join(lines)
 
@@ -176,7 +178,7 @@ def disagreements(rows: list[dict[str, Any]]) -> list[str]:
         coarser = row["dtype"] if base["dtype"] == "float32" else base["dtype"]
         for key, tolerance in TOLERANCES.get(coarser, TOLERANCES["bfloat16"]).items():
             theirs, mine = base["turns"][0][key][:2], row["turns"][0][key][:2]
-            if None not in mine and not all(map(partial(math.isclose, rel_tol=tolerance), theirs, mine)):
+            if None not in (*mine, *theirs) and not all(map(partial(math.isclose, rel_tol=tolerance), theirs, mine)):
                 found.append(f"{key} of {row['contender']} are {mine}, of {base['contender']} {theirs}")
     return found
 
@@ -189,7 +191,7 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     facts |= {"threads": torch.get_num_threads(), "load at start": round(os.getloadavg()[0], 1)}
-    packages = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name)]
+    packages = [name for name in ("torch", "transformers", "peft", "xllamacpp") if importlib.util.find_spec(name)]
     return facts | {name: version(name) for name in packages}
 
 
