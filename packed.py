@@ -3,8 +3,8 @@
 Generating a token reads every weight once, so its speed is that of reading, and the fewer bytes the better. For one row
 of bfloat16 PyTorch's own product reads a third of what the memory gives; FBGEMM's, which is part of PyTorch on x86,
 reads all of it, takes float16 weights and float32 activations, and sums in float32. That rounds less than a model that
-is bfloat16 throughout, and no activation can overflow. In 8 bits (Dettmers et al. 2022, section 2.1) the
-weights of a row share a scale, and the activations are rounded to bfloat16.
+is bfloat16 throughout, and no activation can overflow. In 8 bits (Dettmers et al. 2022, section 2.1) the weights of a
+row share a scale, and the activations are rounded to bfloat16 or, for wide layers, to 16 bits that a row shares.
 
 A token is also hundreds of operations on a row of numbers, each of which takes longer to call than to compute. So the
 blocks of model.py are written anew here, for inference alone: layers that read the same row are one product, a norm is
