@@ -4,7 +4,7 @@ Generating a token reads every weight once, so its speed is that of reading, and
 of bfloat16 PyTorch's own product reads a third of what the memory gives; FBGEMM's, which is part of PyTorch on x86,
 reads all of it, takes float16 weights and float32 activations, and sums in float32. That rounds less than a model that
 is bfloat16 throughout, and no activation can overflow. In 8 bits (Dettmers et al. 2022, section 2.1) the weights of a
-row share a scale, and the activations are rounded to bfloat16 or, for wide layers, to 16 bits that a row shares.
+row share a scale, and the activations are rounded to bfloat16 or, for large layers, to 16 bits that a row shares.
 
 A token is also hundreds of operations on a row of numbers, each of which takes longer to call than to compute. So the
 blocks of model.py are written anew here, for inference alone: layers that read the same row are one product, a norm is
@@ -25,7 +25,7 @@ from device import pick_dtype
 from model import GPT, Block, LlamaBlock, Pass, RMSNorm, see
 
 LARGEST = torch.finfo(torch.float16).max
-WIDE = 768  # inputs from which a product of integers is the faster one
+WIDE, LARGE = 768, 3 << 20  # inputs and weights from which a product of integers is the faster one
 STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
 
 
@@ -63,8 +63,8 @@ class Int8Linear(nn.Module):
 
 
 class WideInt8Linear(nn.Module):
-    """The same by FBGEMM's product of integers, which takes a wide layer half the time and counts an activation in 254
-    steps. So each row of them goes as two, of the nearest steps and of what is left, in 254 steps again."""
+    """The same by FBGEMM's product of integers, which takes a large layer little more than half the time. It counts an
+    activation in 254 steps, so each row goes as two: the nearest steps, and what is left, in 254 steps again."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -90,7 +90,8 @@ class WideInt8Linear(nn.Module):
 
 
 def int8_linear(layer: nn.Linear) -> nn.Module:
-    return (WideInt8Linear if layer.in_features >= WIDE and has_vnni() else Int8Linear)(layer)
+    wide = layer.in_features >= WIDE and layer.weight.numel() >= LARGE and has_vnni()
+    return (WideInt8Linear if wide else Int8Linear)(layer)
 
 
 KINDS = {"float16": HalfLinear, "int8": int8_linear}
