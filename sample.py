@@ -55,6 +55,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import lora
 import packed
@@ -147,8 +148,12 @@ def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
         lora.merge_lora(model, dtype=whole)  # generates faster, and rounds once
     model.to(whole)
     if dtype == "int8":
-        text = own_text(model, tokenizer)
-        before, after = perplexity(model, text), perplexity(packed.pack(model, dtype), text)
+        length = min(63, model.config.block_size)
+        with tqdm(desc="what int8 costs", total=length + 2, delay=2, disable=None, leave=False) as bar:
+            text = own_text(model, tokenizer, length, bar)
+            before = perplexity(model, text)
+            bar.update()
+            after = perplexity(packed.pack(model, dtype), text)
         print(
             f"int8: perplexity {after:.3f}, in float32 {before:.3f} ({after / before:.4f} x), on {text.numel()} tokens "
             "that the model wrote in float32",
@@ -158,11 +163,15 @@ def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
         packed.pack(model, dtype)
 
 
-def own_text(model: GPT, tokenizer: Tokenizer) -> Tensor:
-    """Sequences (B, T) drawn from the model: there is no other text that every model has."""
+def own_text(model: GPT, tokenizer: Tokenizer, length: int, bar: tqdm) -> Tensor:
+    """Sequences (B, 1 + length) drawn from the model: there is no other text that every model has."""
     start = torch.full((8, 1), tokenizer.eot, device=model.final_norm.weight.device)
     generator = torch.Generator(start.device).manual_seed(0)
-    return model.generate(start, min(63, model.config.block_size), vocab_size=tokenizer.vocab_size, generator=generator)
+    tokens = [start[:, 0]]
+    for token in model.stream(start, length, vocab_size=tokenizer.vocab_size, generator=generator):
+        tokens.append(token)
+        bar.update()
+    return torch.stack(tokens, dim=1)
 
 
 def perplexity(model: GPT, text: Tensor) -> float:
