@@ -480,10 +480,14 @@ def _adapter_files(model: GPT, directory: Path, reference: dict[str, str], finge
     # In Transformers, the layers of a GPT-2-style block are Conv1D, which store (in, out); the head is no Conv1D.
     transposed = model.config.block == "gpt2" and any(".h." in path for path in lora.adapters_of(model, None))
     base = reference["given"]  # which may be a hub id
-    described = {"base": str(locate(base)[0] if files.expanded(base).exists() else base), "task_type": "CAUSAL_LM"}
-    inside = families.has_images(base_folder(directory, reference))
-    described |= {"fan_in_fan_out": transposed, "inside": inside}
-    written = adapters.adapter_files(model, **described, fingerprint=fingerprint)
+    written = adapters.adapter_files(
+        model,
+        base=str(locate(base)[0] if files.expanded(base).exists() else base),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=transposed,
+        inside=families.has_images(base_folder(directory, reference)),
+        fingerprint=fingerprint,
+    )
     return {f"{ADAPTERS}/{name}": data for name, data in written.items()}
 
 

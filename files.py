@@ -144,8 +144,8 @@ def commit(
     """Write several files and the marker as one: all of them are in force afterwards, or none.
 
     `contents` are by relative name, and `staged` names what other processes have staged since the last `recover`, with
-    what `stage` gave for it. Files the marker lists already are kept, but not
-    those of `without`. `meta` is stored in the marker beside the list.
+    what `stage` gave for it. Files the marker lists already are kept, but not those of `without`. `meta` is stored in
+    the marker beside the list.
     """
     if not staged:
         recover(directory)

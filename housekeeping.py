@@ -166,8 +166,8 @@ def _strange(directory: Path, marker: dict[str, Any] | None) -> str | None:
     """The name of a file in a model directory that no run has written, nor a system that looks into folders."""
     known = OF_A_RUN | files.listed(marker).keys() | LITTER
     names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
-    ours = (name in known or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW) for name in names)
-    return next((name for name, own in zip(names, ours, strict=True) if not own), None)
+    foreign = (name for name in names if not (name in known or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW)))
+    return next(foreign, None)
 
 
 def _may_need(path: Path, base: Path, doomed: bool) -> bool:
@@ -206,12 +206,13 @@ def judge(states: dict[Path, str]) -> tuple[dict[Path, str], list[str]]:
             lines.append(f"kept {path}: {why}")
         else:
             doomed[path] = "torn"
-    torn = list(doomed)
+    torn = set(doomed)
     for path, reason in superseded([path for path, state in own.items() if state == "complete"]).items():
+        adapters = (other for other in states if other != path and _may_need(other, path, other in torn))
         if strange := _strange(path, read_about(path)):
             lines.append(f"kept {path}: it is {reason}, but {strange} is no file of a run")
-        elif adapters := [other for other in states if other != path and _may_need(other, path, other in torn)]:
-            lines.append(f"kept {path}: it is the base of {adapters[0].name}, or may be")
+        elif adapter := next(adapters, None):
+            lines.append(f"kept {path}: it is the base of {adapter.name}, or may be")
         else:
             doomed[path] = reason
     return doomed, lines

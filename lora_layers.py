@@ -16,8 +16,8 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
     "o_proj": "attn_vec_einsum",
 }
 
-# In an expression, where a part of a path begins: what begins with attn there has the name that Gemma's code gives it.
-# Behind `.*` and the like it may be the end of self_attn.
+# In a regular expression, `attn` where a part of a path begins, which is what Gemma's code calls self_attn. Behind a
+# wildcard it may be the end of self_attn itself.
 WHOLE_ATTN = r"(^|[./]|\\b|\[[./\\]+\])(\((\?:)?(\w+\|)*)?attn\b"
 
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.

@@ -370,18 +370,18 @@ class GPT(Generation, nn.Module):
         if self.config.block == "gpt2":
             return {}
         if (self.config.rope_scaling or {}).get("rope_type") == "longrope":
-            turns = self._turns(int(positions.max()) + 1)
+            turns = self._turns(positions.device, int(positions.max()) + 1)
         elif cache is None:
-            turns = self._turns()
+            turns = self._turns(positions.device)
         else:
-            turns = cache.turns = cache.turns or self._turns()
+            turns = cache.turns = cache.turns or self._turns(positions.device)
         rotations = {}
         for local, (frequencies, factor) in turns.items():
-            angles = positions[:, None, :, None] * frequencies.to(positions.device)  # (1 or B, 1, T, rotary)
+            angles = positions[:, None, :, None] * frequencies  # (1 or B, 1, T, rotary)
             rotations[local] = angles.cos() * factor, angles.sin() * factor
         return rotations
 
-    def _turns(self, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
+    def _turns(self, device: torch.device, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
         """What `rope_frequencies` gives, for both dimensions of each pair, by whether a layer has the window."""
         turns = {}
         for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
@@ -389,7 +389,7 @@ class GPT(Generation, nn.Module):
             if local and self.config.rope_local_theta is not None:
                 theta, scaling = self.config.rope_local_theta, None
             frequencies, factor = rope_frequencies(theta, scaling or {}, self.config.rotary, longest)
-            turns[local] = torch.cat([-frequencies, frequencies]), factor
+            turns[local] = torch.cat([-frequencies, frequencies]).to(device), factor
         return turns
 
     def crop_block_size(self, block_size: int) -> None:

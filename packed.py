@@ -25,7 +25,7 @@ from device import pick_dtype
 from model import GPT, Block, LlamaBlock, Pass, RMSNorm, see
 
 LARGEST = torch.finfo(torch.float16).max
-WIDE, LARGE = 768, 3 << 20  # inputs and weights from which a product of integers is the faster one
+WIDE, MANY = 768, 3 << 20  # inputs and weights from which a product of integers is the faster one
 STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
 
 
@@ -89,13 +89,23 @@ class WideInt8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def has_vnni() -> bool:
+    """Whether the processor has products of integers, without which FBGEMM's sums may be cut off."""
+    return torch.cpu.get_capabilities().get("avx512_vnni", False)
+
+
 def int8_linear(layer: nn.Linear) -> nn.Module:
-    wide = layer.in_features >= WIDE and layer.weight.numel() >= LARGE and has_vnni()
+    wide = layer.in_features >= WIDE and layer.weight.numel() >= MANY and has_vnni()
     return (WideInt8Linear if wide else Int8Linear)(layer)
 
 
 KINDS = {"float16": HalfLinear, "int8": int8_linear}
 Function = Callable[[Tensor], Tensor]
+
+
+def packed_layer(kind: str, layer: nn.Linear) -> nn.Module:
+    """The layer as `kind` has it, or as it is where float16 cannot hold its weights."""
+    return KINDS[kind](layer) if layer.weight.abs().max() <= LARGEST else layer
 
 
 # ---- blocks
@@ -153,14 +163,14 @@ class PackedLlamaBlock(nn.Module):
 
 
 def product(kind: str, *layers: nn.Linear) -> Function:
-    """What linear layers give of the same input, one behind the other. A weight that float16 cannot hold stays."""
+    """What linear layers give of the same input, one behind the other, as `kind` has them."""
     layer = layers[0]
     if len(layers) > 1:
         layer = nn.Linear(layer.in_features, sum(part.out_features for part in layers), device="meta")
         layer.weight = nn.Parameter(torch.cat([part.weight for part in layers]), requires_grad=False)
         biases = [part.bias for part in layers if part.bias is not None]  # all of them or none
         layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return (KINDS[kind](layer) if layer.weight.abs().max() <= LARGEST else layer).forward
+    return packed_layer(kind, layer).forward
 
 
 def layer_norm(norm: nn.LayerNorm) -> Function:
@@ -184,11 +194,6 @@ def rms_norm(norm: RMSNorm) -> Function:
 
 
 BLOCKS = {Block: PackedBlock, LlamaBlock: PackedLlamaBlock}
-
-
-def has_vnni() -> bool:
-    """Whether the processor has products of integers, without which FBGEMM's sums may be cut off."""
-    return torch.cpu.get_capabilities().get("avx512_vnni", False)
 
 
 def can_pack(device: torch.device) -> bool:
@@ -218,7 +223,6 @@ def pack(model: GPT, dtype: str = "float16") -> GPT:
         plain = all(type(layer) is nn.Linear for layer in block.modules() if isinstance(layer, nn.Linear))
         if plain and type(block) in BLOCKS:
             model.blocks[i] = BLOCKS[type(block)](block, dtype)
-    head = model.lm_head
-    if type(head) is nn.Linear and head.weight.abs().max() <= LARGEST:
-        model.lm_head = KINDS[dtype](head)
+    if type(model.lm_head) is nn.Linear:
+        model.lm_head = packed_layer(dtype, model.lm_head)
     return model

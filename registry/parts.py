@@ -282,7 +282,7 @@ def spec_of(name: str) -> ModelSpec:
     """What a model is made of by the name a user gives: a folder first, then an id in the cache, then find_model's,
     then what is made here, a preset's architecture or MiniLM.
 
-    Nothing is written. An id whose folder has changed since is taken apart anew.
+    Nothing new is registered. An id whose folder has changed since is taken apart anew.
     """
     if files.expanded(name).is_dir():
         return describe_folder(name)
