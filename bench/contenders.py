@@ -91,18 +91,21 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
     if contender.group == GENERATION:
         generate = llama_cpp if contender.packages == LLAMA_CPP else generation
         work, dtype, loss = generate(contender, config, model, new_tokens)
-        tokens, results = new_tokens * contender.rows, [(loss, None)]
+        tokens = new_tokens * contender.rows
     else:
         work, dtype = training(contender, config, model, steps)
-        tokens, results = tokens_per_step(config), []
-    times = [time.perf_counter()]
+        tokens = tokens_per_step(config)
+    times, results = [time.perf_counter()], []
     for _ in range(1 + steps):
         results.append(work())
         times.append(time.perf_counter())
+    peak = peak_memory()
+    if contender.group == GENERATION:
+        results = [(loss(), None)]
     first, *seconds = np.diff(times).tolist()
-    losses, norms = zip(*filter(None, results), strict=True)
+    losses, norms = zip(*results, strict=True)
     result = {"dtype": dtype, "tokens": tokens, "first": first, "seconds": seconds, "losses": losses, "norms": norms}
-    return result | {"peak_bytes": peak_memory()}
+    return result | {"peak_bytes": peak}
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -177,7 +180,7 @@ def their_step(contender: Contender, config: RunConfig, ids: np.ndarray, model: 
 
 def generation(
     contender: Contender, config: RunConfig, model: nn.Module, new_tokens: int
-) -> tuple[Callable[[], None], str, float]:
+) -> tuple[Callable[[], None], str, Callable[[], float]]:
     """What generates, the dtype of its weights, and the model's loss on a fixed text, which a wrong one would miss."""
     device, dtype = torch.device(config.device), config.dtype
     ids = np.random.default_rng(config.seed).integers(config.vocab_size, size=(8, config.block_size))
@@ -196,18 +199,20 @@ def generation(
         drawn["attention_mask"] = torch.ones_like(prompt)
     else:
         drawn["use_cache"] = not contender.plain
-    with torch.no_grad():
-        out = model(text)[0] if contender.packages else model(text, text)[0]
-        loss = nn.functional.cross_entropy(out[:, :-1].float().flatten(0, 1), text[:, 1:].flatten()).item()
 
     def work() -> None:
         made = model.generate(prompt, max_new_tokens=new_tokens, **drawn)
         assert made.shape == (contender.rows, PROMPT + new_tokens)
 
+    def loss() -> float:
+        with torch.no_grad():
+            out = model(text)[0] if contender.packages else model(text, text)[0]
+            return nn.functional.cross_entropy(out[:, :-1].float().flatten(0, 1), text[:, 1:].flatten()).item()
+
     return work, dtype, loss
 
 
-def llama_cpp(contender: Contender, config: RunConfig, model: GPT, new_tokens: int) -> tuple[Callable, str, None]:
+def llama_cpp(contender: Contender, config: RunConfig, model: GPT, new_tokens: int) -> tuple[Callable, str, Callable]:
     """The same of llama.cpp, on the processor. It tells no loss of a whole text; tests/test_export.py looks at that."""
     import gguf
     import xllamacpp
@@ -233,7 +238,7 @@ def llama_cpp(contender: Contender, config: RunConfig, model: GPT, new_tokens: i
         answer = server.handle_completions(asked)
         assert answer["usage"]["completion_tokens"] == new_tokens, answer
 
-    return work, contender.dtype, None
+    return work, contender.dtype, lambda: None
 
 
 def transformers_twin(model: GPT) -> nn.Module:
