@@ -56,9 +56,13 @@ class GPTConfig:
         object.__setattr__(self, "global_layers", tuple(self.global_layers))  # JSON knows lists only
         sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         optional = ("n_inner", "n_kv_head", "head_size", "sliding_window")
+        divisors = ("rope_theta", "rope_local_theta", "query_scalar", "attention_softcap", "logit_softcap")
         given = {name: value for name in (*sizes, *optional) if (value := getattr(self, name)) is not None}
         problems = [f"{name}={getattr(self, name)!r} must be {kind}" for name, kind in self._mistyped().items()]
         problems = problems or [f"{name}={value} must be at least 1" for name, value in given.items() if value < 1]
+        if not problems:
+            numbers = {name: value for name in divisors if (value := getattr(self, name)) is not None}
+            problems = [f"{name}={value} must be above 0" for name, value in numbers.items() if not value > 0]
         if not problems and self.head_size is None and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         elif not problems and self.n_head % self.kv_heads:

@@ -41,15 +41,18 @@ def attend(
         )
     else:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * scale  # (B, H, T, S)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = softcapped(q @ k.transpose(2, 3) * scale, softcap)  # (B, H, T, S)
         seen = mask if mask is not None else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         if attentions is not None:
             attentions.append(weights)
         y = F.dropout(weights, dropout) @ v
     return y.transpose(1, 2).flatten(2)
+
+
+def softcapped(scores: Tensor, cap: float | None) -> Tensor:
+    """Scores or logits, bent to stay within -cap and cap (Gemma 2, arXiv 2408.00118, section 2)."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def _by_products(q: Tensor) -> bool:

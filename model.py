@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from architecture import ORIGINAL, GPTConfig
-from attention import attend, rope_frequencies, rotate
+from attention import attend, rope_frequencies, rotate, softcapped
 from generation import Generation
 from loss import linear_cross_entropy
 
@@ -29,18 +29,18 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tan
 
 class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training and self.p else x  # an operation that does nothing takes its time
+        return super().forward(x) if self.training and self.p else x  # even a dropout of nothing is an operation
 
 
 class KVCache:
-    """Keys and values of the tokens a model has seen, allocated once for `length` of them."""
+    """Keys and values of the tokens a model has seen, allocated once for `room` of them."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, length: int = 0):
-        shape = (config.n_layer, batch_size, config.kv_heads, length or config.block_size, config.D)
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype, room: int):
+        shape = (config.n_layer, batch_size, config.kv_heads, room, config.D)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; GPT.forward advances it after the last layer
-        self.turns: dict[bool, tuple[Tensor, float]] = {}  # of the model's rotations: GPT._turns
+        self.frequencies: dict[bool, tuple[Tensor, float]] = {}  # what GPT._frequencies gave, the same at every step
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put (B, K, T, D) behind what `layer` holds and return all of it, (B, K, S, D)."""
@@ -52,7 +52,8 @@ class KVCache:
 
 @dataclass
 class Pass:
-    """What all layers share in one forward pass. Masks and rotations are by whether a layer has the window."""
+    """What all layers share in one forward pass. `masks` and `rotations` have an entry for layers with the window
+    (True) and one for those without."""
 
     cache: KVCache | None
     masks: dict[bool, Tensor | None]  # (1 or B, 1, T, S), true where a query sees a key; None: plain causal
@@ -60,7 +61,9 @@ class Pass:
     attentions: list[Tensor] | None
 
 
-def see(q: Tensor, k: Tensor, v: Tensor, config: GPTConfig, layer: int, now: Pass, dropout: float) -> Tensor:
+def attend_with_cache(
+    q: Tensor, k: Tensor, v: Tensor, config: GPTConfig, layer: int, now: Pass, dropout: float
+) -> Tensor:
     """Queries (B, H, T, D), new keys and values (B, K, T, D) to (B, T, H * D)."""
     if now.cache is not None:
         k, v = now.cache.extend(layer, k, v)
@@ -83,7 +86,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, -1, self.config.D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
+        y = attend_with_cache(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -154,7 +157,8 @@ class LlamaAttention(nn.Module):
         rotation = now.rotations[self.config.is_local(self.layer)]
         # The norms' weights are wider than a product under autocast; attention is not to be.
         q, k = (rotate(x, rotation).type_as(v) for x in (q, k))
-        return self.o_proj(see(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0))
+        y = attend_with_cache(q, k, v, self.config, self.layer, now, self.config.dropout if self.training else 0.0)
+        return self.o_proj(y)
 
 
 class GatedMLP(nn.Module):
@@ -228,7 +232,8 @@ class GPT(Generation, nn.Module):
         self.apply(self._init_weights)
 
     def tie_head(self) -> None:
-        """Have the head share the token embedding's weight where it is to; assigning tensors to the two parts them."""
+        """Share the token embedding's weight with the head where the configuration says so. What assigns tensors to
+        parameters, as `load_state_dict(assign=True)`, separates them: call this afterwards."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embedding.weight
 
@@ -240,8 +245,9 @@ class GPT(Generation, nn.Module):
             nn.init.zeros_(module.bias)
         # Each block adds two branches to the residual stream: 2 * n_layer terms keep the variance of one. `apply`
         # visits children first, so this narrows what the lines above have just drawn.
-        for layer in module.ends if isinstance(module, Block | LlamaBlock) else ():
-            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if isinstance(module, Block | LlamaBlock):
+            for layer in module.ends:
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -305,8 +311,8 @@ class GPT(Generation, nn.Module):
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x)
-            kept = not (self.recompute and torch.is_grad_enabled()) or attentions is not None  # which hold as much
-            x = block(x, now) if kept else checkpoint(block, x, now, use_reentrant=False)
+            recompute = self.recompute and torch.is_grad_enabled() and attentions is None  # which would hold as much
+            x = checkpoint(block, x, now, use_reentrant=False) if recompute else block(x, now)
         x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -332,7 +338,7 @@ class GPT(Generation, nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, C), behind the final norm, to logits (B, T, V)."""
-        return logits_of(self.lm_head(x), self.config.logit_softcap)
+        return softcapped(self.lm_head(x), self.config.logit_softcap)
 
     def _fused_loss(self, x: Tensor, targets: Tensor) -> Tensor | None:
         """The loss without logits, or None where that is not faster (loss.py) or the head is more than products."""
@@ -370,27 +376,29 @@ class GPT(Generation, nn.Module):
         if self.config.block == "gpt2":
             return {}
         if (self.config.rope_scaling or {}).get("rope_type") == "longrope":
-            turns = self._turns(positions.device, int(positions.max()) + 1)
+            by_kind = self._frequencies(positions.device, int(positions.max()) + 1)
         elif cache is None:
-            turns = self._turns(positions.device)
+            by_kind = self._frequencies(positions.device)
         else:
-            turns = cache.turns = cache.turns or self._turns(positions.device)
+            if not cache.frequencies:
+                cache.frequencies = self._frequencies(positions.device)
+            by_kind = cache.frequencies
         rotations = {}
-        for local, (frequencies, factor) in turns.items():
+        for local, (frequencies, factor) in by_kind.items():
             angles = positions[:, None, :, None] * frequencies  # (1 or B, 1, T, rotary)
             rotations[local] = angles.cos() * factor, angles.sin() * factor
         return rotations
 
-    def _turns(self, device: torch.device, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
+    def _frequencies(self, device: torch.device, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
         """What `rope_frequencies` gives, for both dimensions of each pair, by whether a layer has the window."""
-        turns = {}
+        by_kind = {}
         for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
             theta, scaling = self.config.rope_theta, self.config.rope_scaling
             if local and self.config.rope_local_theta is not None:
                 theta, scaling = self.config.rope_local_theta, None
             frequencies, factor = rope_frequencies(theta, scaling or {}, self.config.rotary, longest)
-            turns[local] = torch.cat([-frequencies, frequencies]).to(device), factor
-        return turns
+            by_kind[local] = torch.cat([-frequencies, frequencies]).to(device), factor
+        return by_kind
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, keeping the first position embeddings. Raises ValueError for a longer one."""
@@ -404,18 +412,14 @@ class GPT(Generation, nn.Module):
             wpe.weight = nn.Parameter(weight[:block_size].detach().clone(), weight.requires_grad)
         self.config = replace(self.config, block_size=block_size)
 
-    def new_cache(self, batch_size: int, length: int) -> KVCache:
+    def new_cache(self, batch_size: int, room: int) -> KVCache:
         weight = self.final_norm.weight  # as wide as activations are, whatever holds the matrices (packed.py)
-        return KVCache(self.config, batch_size, weight.device, weight.dtype, length)
+        return KVCache(self.config, batch_size, weight.device, weight.dtype, room)
 
     def rope_changes(self, cached: int, length: int) -> bool:
         """Whether a context of `length` tokens turns keys by other angles than those in the cache were (LongRoPE)."""
         scaling = self.config.rope_scaling or {}
         return scaling.get("rope_type") == "longrope" and cached <= scaling[ORIGINAL] < length
-
-
-def logits_of(scores: Tensor, cap: float | None) -> Tensor:
-    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def last_real(x: Tensor, attention_mask: Tensor) -> Tensor:

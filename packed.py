@@ -13,7 +13,7 @@ as few operations as there can be, and no module is called.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from attention import rotate
 from device import pick_dtype
-from model import GPT, Block, LlamaBlock, Pass, RMSNorm, see
+from model import GPT, Block, LlamaBlock, Pass, RMSNorm, attend_with_cache
 
 LARGEST = torch.finfo(torch.float16).max
 WIDE, MANY = 768, 3 << 20  # inputs and weights from which a product of integers is the faster one
@@ -48,9 +48,9 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.missing = -layer.in_features % STRIDE
-        weight = F.pad(layer.weight.detach().float(), (0, self.missing))
-        self.scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
-        self.weight = (weight / self.scales[:, None]).round().to(torch.int8)
+        weight = layer.weight.detach().float()
+        self.scales = int8_scales(weight)
+        self.weight = F.pad(weight.div(self.scales[:, None]).round_().to(torch.int8), (0, self.missing))
         self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # the product's own scales would be rounded to it
         self.bias = None if layer.bias is None else layer.bias.detach().float()
 
@@ -69,13 +69,16 @@ class WideInt8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         weight = layer.weight.detach().float()
-        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
+        scales = int8_scales(weight)
         zeros = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings(action="ignore"):  # torch 2.13 means to have other tensors of integers one day
             integers = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-        engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
-        self.packed = torch.ops.quantized.linear_prepack(integers, None)
-        torch.backends.quantized.engine = engine
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            self.packed = torch.ops.quantized.linear_prepack(integers, None)
+        finally:
+            torch.backends.quantized.engine = engine
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         self.bias = None if layer.bias is None else layer.bias.detach().float()
 
@@ -87,6 +90,11 @@ class WideInt8Linear(nn.Module):
         y = self.product(torch.cat([nearest, rows.sub_(nearest).mul_(254)]), 1.0, 128, self.packed)
         y = torch.add(y[: len(rows)], y[len(rows) :], alpha=1 / 254).mul_(steps).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+
+def int8_scales(weight: Tensor) -> Tensor:
+    """What a step of int8 is worth in each row of (out, in), (out,)."""
+    return torch.linalg.vector_norm(weight, math.inf, dim=1).clamp_(min=torch.finfo(torch.float32).tiny).div_(127)
 
 
 def has_vnni() -> bool:
@@ -105,7 +113,7 @@ Function = Callable[[Tensor], Tensor]
 
 def packed_layer(kind: str, layer: nn.Linear) -> nn.Module:
     """The layer as `kind` has it, or as it is where float16 cannot hold its weights."""
-    return KINDS[kind](layer) if layer.weight.abs().max() <= LARGEST else layer
+    return KINDS[kind](layer) if torch.linalg.vector_norm(layer.weight, math.inf) <= LARGEST else layer
 
 
 # ---- blocks
@@ -118,14 +126,15 @@ class PackedBlock(nn.Module):
         super().__init__()
         attention, mlp = block.attn, block.mlp
         self.config, self.layer, self.D = attention.config, attention.layer, attention.config.D
-        self.before_attention, self.before_mlp = layer_norm(block.ln_1), layer_norm(block.ln_2)
-        self.qkv, self.out = product(kind, attention.c_attn), product(kind, attention.c_proj)
-        self.up, self.down, self.activation = product(kind, mlp.c_fc), product(kind, mlp.c_proj), mlp.activation
+        self.before_attention, self.before_mlp = layer_norm_of(block.ln_1), layer_norm_of(block.ln_2)
+        self.qkv, self.out = product_of(kind, attention.c_attn), product_of(kind, attention.c_proj)
+        self.up, self.down = product_of(kind, mlp.c_fc), product_of(kind, mlp.c_proj)
+        self.activation = mlp.activation
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(self.before_attention(x)).view(B, T, 3, -1, self.D).permute(2, 0, 3, 1, 4).unbind()
-        x = x + self.out(see(q, k, v, self.config, self.layer, now, 0.0))
+        x = x + self.out(attend_with_cache(q, k, v, self.config, self.layer, now, 0.0))
         return x + self.down(self.activation(self.up(self.before_mlp(x))))
 
 
@@ -136,34 +145,36 @@ class PackedLlamaBlock(nn.Module):
         super().__init__()
         attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
         self.config, self.layer, self.local = config, attention.layer, config.is_local(attention.layer)
-        self.heads, self.D = [config.n_head, config.kv_heads, config.kv_heads], config.D
-        self.qkv = product(kind, attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qk_norms = [rms_norm(norm) for norm in (attention.q_norm, attention.k_norm)] if config.qk_norm else None
-        self.out, self.down = product(kind, attention.o_proj), product(kind, mlp.down_proj)
-        self.gate_and_up, self.activation = product(kind, mlp.gate_proj, mlp.up_proj), mlp.activation
+        self.heads, self.D = [config.n_head, config.kv_heads], config.D
+        self.qkv = product_of(kind, attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = (attention.q_norm, attention.k_norm) if config.qk_norm else ()
+        self.qk_norm = rms_norm_of(*norms, heads=self.heads) if norms else None
+        self.out, self.down = product_of(kind, attention.o_proj), product_of(kind, mlp.down_proj)
+        self.gate_and_up, self.activation = product_of(kind, mlp.gate_proj, mlp.up_proj), mlp.activation
         norms = [block.input_layernorm, block.post_attention_layernorm]
         if config.post_norms:
             norms += [block.pre_feedforward_layernorm, block.post_feedforward_layernorm]
-            self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp = map(rms_norm, norms)
+            self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp = map(rms_norm_of, norms)
         else:
-            self.before_attention, self.before_mlp = map(rms_norm, norms)
+            self.before_attention, self.before_mlp = map(rms_norm_of, norms)
         self.post_norms = config.post_norms
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(self.before_attention(x)).view(B, T, -1, self.D).transpose(1, 2).split(self.heads, dim=1)
-        if self.qk_norms is not None:
-            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
-        q, k = rotate(q, now.rotations[self.local]), rotate(k, now.rotations[self.local])
-        y = self.out(see(q, k, v, self.config, self.layer, now, 0.0))
+        qkv = self.qkv(self.before_attention(x)).view(B, T, -1, self.D).transpose(1, 2)  # (B, H + 2 K, T, D)
+        qk, v = qkv.split([sum(self.heads), self.heads[1]], dim=1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        q, k = rotate(qk, now.rotations[self.local]).split(self.heads, dim=1)
+        y = self.out(attend_with_cache(q, k, v, self.config, self.layer, now, 0.0))
         x = x + (self.behind_attention(y) if self.post_norms else y)
         gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, dim=-1)
         y = self.down(self.activation(gate) * up)
         return x + (self.behind_mlp(y) if self.post_norms else y)
 
 
-def product(kind: str, *layers: nn.Linear) -> Function:
-    """What linear layers give of the same input, one behind the other, as `kind` has them."""
+def product_of(kind: str, *layers: nn.Linear) -> Function:
+    """A function that gives what these layers give of the same input, side by side, with weights as `kind` has."""
     layer = layers[0]
     if len(layers) > 1:
         layer = nn.Linear(layer.in_features, sum(part.out_features for part in layers), device="meta")
@@ -173,16 +184,19 @@ def product(kind: str, *layers: nn.Linear) -> Function:
     return packed_layer(kind, layer).forward
 
 
-def layer_norm(norm: nn.LayerNorm) -> Function:
+def layer_norm_of(norm: nn.LayerNorm) -> Function:
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return partial(torch.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
 
 
-def rms_norm(norm: RMSNorm) -> Function:
-    """In four operations, where PyTorch's own takes ten: x times sqrt(n) over sqrt(sum of squares + n eps)."""
-    n = len(norm.weight)
-    scale = (norm.weight.detach() + norm.plus_one) * math.sqrt(n)
-    least = torch.tensor(math.sqrt(n * norm.eps))
+def rms_norm_of(*norms: RMSNorm, heads: Sequence[int] = ()) -> Function:
+    """In four operations, where PyTorch's own takes ten: x times sqrt(n) over sqrt(sum of squares + n eps). Several
+    norms are one function of (B, sum of heads, T, n), each for so many heads."""
+    n = len(norms[0].weight)
+    scale = torch.stack([norm.weight.detach() + norm.plus_one for norm in norms]) * math.sqrt(n)
+    if heads:
+        scale = scale.repeat_interleave(torch.tensor(heads), dim=0)[:, None]  # (heads, 1, n)
+    least = torch.tensor(math.sqrt(n * norms[0].eps))
 
     def normalised(x: Tensor) -> Tensor:
         return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)).mul_(scale)
@@ -201,7 +215,7 @@ def can_pack(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
-def pick_weights(name: str, device: torch.device) -> tuple[str, bool]:
+def pick_weight_dtype(name: str, device: torch.device) -> tuple[str, bool]:
     """What `auto` means for weights that only generate, and whether they are packed: float16 where that is possible,
     else what training would take."""
     if name == "auto":

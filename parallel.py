@@ -26,10 +26,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import lora
+from attention import softcapped
 from device import DTYPES
 from distributed import Ranks
 from loss_in_shares import cross_entropy_in_shares, linear_cross_entropy_in_shares
-from model import GPT, IGNORE_INDEX, KVCache, logits_of
+from model import GPT, IGNORE_INDEX, KVCache
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
 ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
@@ -110,7 +111,7 @@ class WideLayerNorm(nn.LayerNorm):
 class GPTInShares(InShares, GPT):
     def project(self, x: Tensor) -> Tensor:
         """Gathered, which is for generating text: no gradient passes."""
-        own = logits_of(self.lm_head(x), self.config.logit_softcap).detach()
+        own = softcapped(self.lm_head(x), self.config.logit_softcap).detach()
         tp, V = dist.get_world_size(self.group), self.config.vocab_size
         padded = F.pad(own, (0, -(-V // tp) - own.size(-1)))
         shares = [torch.empty_like(padded) for _ in range(tp)]
@@ -125,17 +126,17 @@ class GPTInShares(InShares, GPT):
             split, weight = Split.apply(x.to(dtype), self.group), self.lm_head.weight.to(dtype)
             loss = linear_cross_entropy_in_shares(split, weight, flat, first, self.group, IGNORE_INDEX)
         else:
-            logits = logits_of(self.lm_head(x), cap)
+            logits = softcapped(self.lm_head(x), cap)
             loss = cross_entropy_in_shares(logits, flat, first, self.group, IGNORE_INDEX)
         return None if only_loss else self.project(x).view(*targets.shape, -1), loss
 
-    def new_cache(self, batch_size: int, length: int) -> KVCache:
+    def new_cache(self, batch_size: int, room: int) -> KVCache:
         tp, weight = dist.get_world_size(self.group), self.lm_head.weight
         H, K, D = self.config.n_head // tp, max(1, self.config.kv_heads // tp), self.config.D
         own = {"n_head": H, "n_embd": H * D} | (
             {"n_kv_head": K, "head_size": D} if self.config.block == "llama" else {}
         )
-        return KVCache(replace(self.config, **own), batch_size, weight.device, weight.dtype, length)
+        return KVCache(replace(self.config, **own), batch_size, weight.device, weight.dtype, room)
 
 
 def vocabulary_share(size: int, tp: int, rank: int) -> range:

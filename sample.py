@@ -142,7 +142,7 @@ def padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor | No
 
 def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
     """Hold the weights as `--dtype` says, adapters merged; tell stderr what int8 costs."""
-    dtype, packs = packed.pick_weights(dtype, model.final_norm.weight.device)
+    dtype, packs = packed.pick_weight_dtype(dtype, model.final_norm.weight.device)
     whole = torch.float32 if packs else DTYPES[dtype]
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=whole)  # generates faster, and rounds once

@@ -187,7 +187,7 @@ def generation(
     text = torch.from_numpy(ids).to(device)
     prompt = text[: contender.rows, :PROMPT]
     model = model.to(device).eval()
-    dtype, packs = packed.pick_weights(dtype, device)
+    dtype, packs = packed.pick_weight_dtype(dtype, device)
     if packs:
         keep_freed_memory()
         packed.pack(model, dtype)

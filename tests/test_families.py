@@ -181,7 +181,7 @@ def test_a_cache_fed_in_pieces_gives_the_logits_of_the_whole(pair):
     x, mask = tokens(2, T), torch.ones(2, T, dtype=torch.long)
     mask[1, :4] = 0
     whole, _ = model(x, x, attention_mask=mask)
-    cache, pieces, start = KVCache(model.config, 2, torch.device("cpu"), torch.float32), [], 0
+    cache, pieces, start = KVCache(model.config, 2, torch.device("cpu"), torch.float32, model.config.block_size), [], 0
     long = (model.config.rope_scaling or {}).get("rope_type") == "longrope"
     for end in (T,) if long else (7, 8, 9, 20, T):
         part = x[:, start:end]

@@ -174,7 +174,7 @@ def test_greedy_text_with_a_cache_is_the_text_without_one_also_when_the_context_
 def test_a_cache_takes_several_tokens_at_a_time():
     model = randomised(tiny())
     x = tokens(2, 12)
-    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32, model.config.block_size)
     for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
         logits, _ = model(part, cache=cache)
     torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
@@ -237,6 +237,8 @@ def test_generation_leaves_the_mode_and_the_global_generator_alone():
     [
         ({"n_head": 5}, "n_embd=24 must be a multiple of n_head=5"),
         ({"n_layer": 0, "vocab_size": -1}, "n_layer=0 must be at least 1"),
+        ({"block": "llama", "attention_softcap": 0.0}, "attention_softcap=0.0 must be above 0"),
+        ({"block": "llama", "rope_theta": math.nan}, "rope_theta=nan must be above 0"),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
 )
