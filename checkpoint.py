@@ -157,7 +157,7 @@ class CheckpointManager:
         about = {
             "format": "nanoforge-1",
             "name": directory.resolve().name,
-            "parameters": model.num_params() - lora.count_parameters(model),
+            "parameters": model.num_params() - lora.count_adapter_parameters(model),
             "iter_num": common["iter_num"],
             "best_val_loss": common["best_val_loss"],
             **{key: value for key, value in metadata.items() if key not in common},
@@ -318,7 +318,7 @@ class CheckpointManager:
         return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod
-    def is_foreign(path: str | Path) -> bool:
+    def is_hugging_face(path: str | Path) -> bool:
         """Whether a model directory is Hugging Face's and not ours, nor nanoGPT's."""
         return locate(path)[1] in HF_FILES
 

@@ -73,7 +73,7 @@ from distributed import Ranks
 from model import GPT
 from model_directory import is_lora, read_about
 from registry.resolve import folder_of
-from sample import check_seed, find_tokenizer, read_prompt
+from sample import check_seed, read_prompt, tokenizer_for
 from tokenizer import EOT, Tokenizer
 from words import as_png
 
@@ -185,7 +185,7 @@ def load(
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=dtype)  # as sample.py does
     tokenizer_path = CheckpointManager.find_tokenizer(path) or fallback
-    tokenizer = find_tokenizer(tokenizer_path, metadata)
+    tokenizer = tokenizer_for(tokenizer_path, metadata)
     trained_on = (metadata["config"] or {}).get("dataset")
     name = metadata["directory"].resolve().name
     return Side(letter, name, model.to(dtype).eval(), tokenizer, Path(tokenizer_path), trained_on)

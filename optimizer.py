@@ -59,7 +59,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return Together(adamw, muon)
 
 
-def restore(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
+def load_moments(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
     """Fill it with saved moments. Rates, decay and betas stay as they are: what they were is saved too, and a resumed
     run may have others."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -64,7 +64,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     name = conventional_name(architecture, config)
     directory = files.expanded(config.out_dir or Path("models") / str(name))
     problems, notes = name_problems(directory, name, count_parameters(architecture))
-    if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
+    if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_hugging_face(config.init_from):
         problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
     elif model is not None and tokenizer is None:
         notes.append(
@@ -81,7 +81,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         notes += adapt(model, config) if config.lora else []
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
-    trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
+    trainable = lora.count_adapter_parameters(model) if config.lora else count_parameters(architecture)
     problems += (
         rank_problems(config, architecture, ranks)
         + occupied(directory)

@@ -89,7 +89,7 @@ def sample(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     device = pick_device(arguments.device)
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
-    tokenizer = find_tokenizer(arguments.tokenizer, metadata)
+    tokenizer = tokenizer_for(arguments.tokenizer, metadata)
     prompts = [read_prompt(prompt) for prompt in arguments.prompt or [None]]
     lighten(model, arguments.dtype, tokenizer)
     generator = torch.Generator(device).manual_seed(arguments.seed)
@@ -179,7 +179,7 @@ def perplexity(model: GPT, text: Tensor) -> float:
         return model.eval()(text[:, :-1], text[:, 1:].contiguous(), only_loss=True)[1].exp().item()
 
 
-def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:
+def tokenizer_for(path: str | None, metadata: dict) -> Tokenizer:
     """The model directory's own tokenizer, checked against what the model was trained with; else the one given."""
     stored = CheckpointManager.find_tokenizer(metadata["directory"])
     if path is None and stored is None:

@@ -43,7 +43,7 @@ from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
-from optimizer import build_optimizer, learning_rate, restore, set_rate
+from optimizer import build_optimizer, learning_rate, load_moments, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 from words import first_line
@@ -87,7 +87,7 @@ class Trainer:
         self.log = Logbook(self.directory, speak=ranks.main)
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
-        self.raw_model, self.parameters, self.shares = start.model, start.model.num_params(), None
+        self.raw_model, self.parameter_count, self.shares = start.model, start.model.num_params(), None
         if ranks.size > 1:
             from shares import Shares  # FSDP2 and DCP take half a second to import, which one process can do without
 
@@ -109,9 +109,9 @@ class Trainer:
             for split, tokens in (("train", self.dataset.train), ("val", self.dataset.val))
         }
         self.optimizer = build_optimizer(self.raw_model, config)
-        self.dense = []  # weights whose gradients come in rows, to be added to a matrix that is there
+        self.with_kept_gradient = []  # their gradients come as rows, added to a matrix that is kept
         if device.type == "cpu" and ranks.size == 1 and config.compile == "false":
-            self.dense = self.raw_model.make_embedding_sparse()
+            self.with_kept_gradient = self.raw_model.make_embedding_sparse()
         self._drop_gradients()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0
@@ -187,9 +187,9 @@ class Trainer:
         return loss, rate, norm
 
     def _drop_gradients(self) -> None:
-        kept = [torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_() for weight in self.dense]
+        kept = [torch.zeros_like(w) if w.grad is None else w.grad.zero_() for w in self.with_kept_gradient]
         self.optimizer.zero_grad(set_to_none=True)
-        for weight, gradient in zip(self.dense, kept, strict=True):
+        for weight, gradient in zip(self.with_kept_gradient, kept, strict=True):
             weight.grad = gradient
 
     def evaluate(self, stop: StopSignal | None = None) -> dict[str, float] | None:
@@ -252,7 +252,7 @@ class Trainer:
         model, optimizer, fingerprint = self.raw_model, self.optimizer.state_dict(), None
         if self.shares:
             model, fingerprint = self.shares.consolidated(self.directory, filled=best), self.shares.fingerprint
-            optimizer = self.shares.light(optimizer)
+            optimizer = self.shares.without_shards(optimizer)
         metadata = {
             "config": asdict(self.config),
             "iter_num": self.iter_num,
@@ -297,7 +297,7 @@ class Trainer:
         if self.shares:
             self.shares.restore(self.optimizer, state, self.directory)
         else:
-            restore(self.optimizer, state["optimizer"])
+            load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # else the run had, or now has, another dtype
             self.scaler.load_state_dict(state["scaler"])
         self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
@@ -401,7 +401,7 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     tokens = trainer.samples_per_step * trainer.block_size
     synthetic = " (synthetic text)" if dataset.meta.get("synthetic") else ""
     base = f", adapters included; the base is {trainer.base['given']}" if trainer.base else ""
-    log.say(f"{trainer.directory}: {trainer.parameters:,} parameters, block_size {trainer.block_size}{base}")
+    log.say(f"{trainer.directory}: {trainer.parameter_count:,} parameters, block_size {trainer.block_size}{base}")
     log.say(
         f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
     )

@@ -43,7 +43,7 @@ from files import write_atomic
 from logbook import duration
 from mesh import AXES, Mesh, mesh_problems
 from model import GPT, GPTConfig, on_meta
-from parallel import cuts, partial
+from parallel import cuts, with_partial_gradients
 from preflight import count_parameters
 
 MB = 10**6
@@ -115,7 +115,7 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
     gradients, tokens = 4 * (blocks + outside), config.batch_size * config.block_size
     sent = {"dp": 2 * gradients / mesh.fsdp, "fsdp": micro * half * (2 * blocks + outside) + gradients}
     C, L = architecture.n_embd, architecture.n_layer
-    parts = sum(first_share(model.get_parameter(name), mesh.fsdp) for name in partial(model, held))
+    parts = sum(first_share(model.get_parameter(name), mesh.fsdp) for name in with_partial_gradients(model, held))
     sent["tp"] = 2 * micro * tokens * (L * 2 * C * (half + 4) + 2 * C * half + 3 * 4) + 2 * 4 * parts
     return {axis: sent[axis] * (n - 1) / n for axis in AXES if (n := getattr(mesh, axis)) > 1}
 

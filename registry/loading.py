@@ -22,7 +22,7 @@ import files
 from checkpoint import CheckpointManager
 from hub import read_json
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
-from registry.catalogue import ALIASES, ARCHITECTURES
+from registry.catalogue import ARCHITECTURES, DTYPE_NAMES
 from registry.plain_tokenizer import PlainTokenizer
 from tensor_files import stored_tensors
 from words import first_line
@@ -55,10 +55,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     name = str(dtype).lower().removeprefix("torch.")
     if dtype is None or name == "auto":
         return None
-    if not isinstance(dtype, str) or ALIASES.get(name, name) not in devices.DTYPES:
-        known = ", ".join(["auto", *ALIASES])
+    if not isinstance(dtype, str) or DTYPE_NAMES.get(name, name) not in devices.DTYPES:
+        known = ", ".join(["auto", *DTYPE_NAMES])
         raise ValueError(f"dtype={dtype} is no precision of weights; there are {known}")
-    return devices.DTYPES[ALIASES.get(name, name)]
+    return devices.DTYPES[DTYPE_NAMES.get(name, name)]
 
 
 def coerce_device(device: str | int | torch.device | None) -> torch.device:

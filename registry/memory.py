@@ -100,7 +100,7 @@ class Plan:
             raise ValueError("; ".join(problems))
 
     @property
-    def shared_in_half(self) -> bool:
+    def gathers_bfloat16(self) -> bool:
         """Whether processes gather their weights in bfloat16 (parallel.py), so that autocast has none to copy."""
         return self.mesh.devices > 1 and self.dtype == "bfloat16"
 
@@ -154,7 +154,7 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
     mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
     # What several micro-batches leave is summed on each device before it is summed among them.
     shares = {OPTIMIZER: 1 / mesh.fsdp, GRADIENTS: 1 / mesh.fsdp if plan.gradient_accumulation_steps == 1 else 1}
-    found = rehearsal.peak(shares | ({COPIES: 0} if plan.shared_in_half else {}))
+    found = rehearsal.peak(shares | ({COPIES: 0} if plan.gathers_bfloat16 else {}))
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
     waiting = divided if plan.gradient_accumulation_steps == 1 else ""
     kept = (

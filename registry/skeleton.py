@@ -22,11 +22,11 @@ import hub
 from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
 from registry import loading
-from tensor_files import DTYPES, Stored
+from tensor_files import TYPE_NAMES, Stored
 from weights import build_model, read_checkpoint
 from words import first_line
 
-STORED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+STORED_DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 def skeleton(folder: str | Path) -> nn.Module:
@@ -94,11 +94,11 @@ def headers(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None
 
 def _dtype(hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]] | None) -> torch.dtype:
     """The precision of most tensors of the files, else what the configuration says, else float32."""
-    common = Counter(dtype for _, dtype in (stored or {}).values() if dtype in families.DTYPES).most_common(1)
+    common = Counter(dtype for _, dtype in (stored or {}).values() if dtype in families.LOADABLE).most_common(1)
     places = (hf, hf.get("text_config") or {})
     name = next((where[key] for where in places for key in ("dtype", "torch_dtype") if where.get(key)), None)
     said = getattr(torch, str(name), None)
-    return common[0][0] if common else said if said in families.DTYPES else torch.float32
+    return common[0][0] if common else said if said in families.LOADABLE else torch.float32
 
 
 def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> GPT:
