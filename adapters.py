@@ -75,9 +75,9 @@ def adapter_files(
     """What `save_adapters` writes, {name: content}. `fingerprint` is what `fingerprint_of` gave, for a model of which
     the adapter alone is here.
 
-    `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out` says
-    whether PEFT will meet layers that store (in, out); by default, whether these layers do; `inside`, whether it will
-    meet them inside a model with images; by default, whether `base` is the folder of one.
+    `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out`:
+    whether PEFT will meet layers that store (in, out) (default: whether these do). `inside`: whether it will meet them
+    inside a model with images (default: whether `base` is the folder of one).
     """
     parts = lora.adapters_of(model, adapter)
     first = next(iter(parts.values()))
@@ -252,7 +252,7 @@ def load_adapters(
     """
     directory = files.expanded(directory)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
-        old = " (adapter_model.bin is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
+        old = f" ({OLD_WEIGHTS} is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
         raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found{old}")
     config, weights = ((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
     return install_adapter(model, config, weights, directory, adapter, force=force, untie=untie, dtype=dtype)

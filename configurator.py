@@ -125,7 +125,7 @@ class RunConfig:
     optimizer: str = setting(
         "adamw", "adamw, or muon for the matrices inside the blocks and AdamW for the rest", ("adamw", "muon"), "refuse"
     )
-    learning_rate: float = setting(1e-3, "peak, per step of AdamW", resume="warn")
+    learning_rate: float = setting(1e-3, "peak of the schedule; with muon, that of AdamW's part", resume="warn")
     muon_learning_rate: float | None = setting(
         None, "peak of muon's matrices, which decays along with learning_rate; unset: learning_rate", resume="refuse"
     )

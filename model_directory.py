@@ -2,7 +2,7 @@
 
 `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and sha256. What
 people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl, loss.png. Nothing
-here opens weights; checkpoint.py does. housekeeping.py looks after many such directories.
+here opens weights; checkpoint.py does. housekeeping.py looks after such directories.
 """
 
 import contextlib

@@ -38,7 +38,6 @@ class ModelName:
         tokens = self.dataset.split("-")
         if tokens.count("to") > 1 or tokens[0] == "to" or tokens[-1] == "to":
             raise ValueError(f"dataset {self.dataset!r} of a model name must be NAME or SOURCE-to-TARGET")
-
         if self.parse_parts(str(self)) != tuple(vars(self).values()):
             raise ValueError(f"{self} would be read as another name: rename the dataset {self.dataset!r}")
 

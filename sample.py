@@ -1,10 +1,12 @@
 """Text from any model directory, as it is generated.
 
-python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
-python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
-python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
-python sample.py models/gpt-38M-scientific-pretrain --prompt "We prove" --prompt "In this paper we" --dtype int8
-echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
+    python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
+    python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
+    python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
+    python sample.py models/gpt-38M-scientific-pretrain --prompt "We prove" --prompt "In this paper we" --dtype int8
+    echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
+
+Texts go to stdout, with a line of dashes between two of them, and everything else to stderr.
 """
 
 import argparse
@@ -59,10 +61,11 @@ from tqdm import tqdm
 
 import lora
 import packed
-from checkpoint import TOKENIZER, CheckpointManager
+from checkpoint import CheckpointManager
 from device import DTYPES, pick_device
 from generation import check_sampling
 from model import GPT
+from model_directory import TOKENIZER
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
 

@@ -334,7 +334,7 @@ class Trainer:
             self.log.metric({**record, "tokens_per_second": round(speed, 1)})
 
     def _show_sample(self) -> None:
-        """A few lines of text from the model as it is, drawn from a generator of their own."""
+        """A line of text from the model as it is, with a generator of its own."""
         if not self.config.sample_tokens or self.tokenizer is None:
             return
         prompt = torch.full((1, 1), self.tokenizer.eot, device=self.device)
@@ -376,8 +376,8 @@ class Trainer:
 def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
     """The trainer for this machine, and what was chosen for it and why.
 
-    Numbers replace `auto` in the configuration, the same on every rank, and are saved with the run: a resume on a
-    machine that measures differently still computes the same.
+    What was chosen replaces `auto` in the configuration, the same on every rank, and is saved with the run: a resume
+    on a machine that measures differently still computes the same.
     """
     keep_freed_memory()
     device = pick_device(start.config.device, ranks.local)

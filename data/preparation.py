@@ -25,7 +25,7 @@ HUB_OPTIONS = ("hub_dataset", "hub_config", "hub_split", "text_column")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is particular to one dataset. It is named as the folder that it is written to."""
+    """What is particular to one dataset. The dataset is named after the folder it is written to."""
 
     folder: Path
     about: str

@@ -73,8 +73,8 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
 
 
 def find_files(patterns: list[str]) -> tuple[list[Path], set[Path]]:
-    """The files that `patterns` name, each once, in sorted order, and those among them that are of no kind we can read.
-    Raises for a pattern that names none we can."""
+    """The files that `patterns` name, each once, in sorted order, and those that are of no kind we can read. Raises for
+    a pattern that names none that can be read."""
     readable = " ".join(TEXT + RECORDS)
     found, others = {}, set()
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""What `python -m registry memory` says: what is needed, where that fits, and a document's numbers beside ours."""
+"""What `python -m registry memory` says: what is needed, where that fits, and agent-tunix's numbers beside ours."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def _verdict_table(verdicts: list[dict[str, Any]]) -> str:
     return as_table(rows)
 
 
-# ---- what a document says
+# ---- agent-tunix's numbers
 
 # agent-tunix, docs/api/models: preset, LoRA rank, batch size, GB of video memory. It trains with GRPO (arXiv
 # 2402.03300) in JAX, on prompts of 256 tokens, four answers to each, of up to 512 tokens.
