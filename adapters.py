@@ -358,8 +358,10 @@ def _parts(
             for key in ("target_modules", "exclude_modules")
         )
         problems += [f"{path} is targeted and has no tensors" for path in sorted(wanted - unwanted - sides.keys())]
+    refusal = "its tensors are not an adapter of this model"
+    lora.raise_some(refusal, problems)
     parts = {}
-    for path, pair in sides.items() if not problems else ():
+    for path, pair in sides.items():
         rank, alpha = (
             next((n for key, n in settings[pattern].items() if re.fullmatch(rf"(.*\.)?({key})", path)), settings[usual])
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
@@ -367,7 +369,7 @@ def _parts(
         if pair["A"].size(0) != rank:
             problems.append(f"{path} has rank {pair['A'].size(0)} where {CONFIG} says {rank}")
         parts[paths[path]] = pair["A"], pair["B"], alpha
-    lora.raise_some("its tensors are not an adapter of this model", problems)
+    lora.raise_some(refusal, problems)
     return parts
 
 

@@ -341,13 +341,21 @@ def merge_lora(model: nn.Module, adapter: str | None = None, dtype: torch.dtype 
         layers[path].weight = _merge(path, layers[path], part, dtype)[0]
     remove_lora(model)
     untied = tuple(path for path in parts if path in ties)
-    embeddings = any(isinstance(model.get_submodule(p), nn.Embedding) for path in untied for p in (path, *ties[path]))
-    if embeddings and getattr(config := getattr(model, "config", None), "tie_word_embeddings", False):
-        try:
-            config.tie_word_embeddings = False
-        except FrozenInstanceError:
-            model.config = replace(config, tie_word_embeddings=False)
+    shared = {p for path in untied for p in (path, *ties[path])}
+    if any(isinstance(model.get_submodule(p), nn.Embedding) for p in shared):
+        _unset_tie(model)
     return MergeReport(tuple(parts), untied, largest, math.sqrt(lost / norm) if norm else 0.0)
+
+
+def _unset_tie(model: nn.Module) -> None:
+    """Have the configuration, where there is one, no longer say that head and token embedding share a weight."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        config.tie_word_embeddings = False
+    except FrozenInstanceError:
+        model.config = replace(config, tie_word_embeddings=False)
 
 
 @torch.no_grad()

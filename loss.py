@@ -60,7 +60,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         parts = [slice(at, min(V, at + PART)) for at in range(0, V, PART)]
         buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
         losses_of = _losses_and_gradients if for_x or any(for_masters) else _losses
-        loss, dx, dmasters = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, [None] * len(masters)
+        loss, dmasters = x.new_zeros((), dtype=wide), [None] * len(masters)
+        dx = torch.empty_like(x) if for_x else None
         for start in range(0, N, len(buffer)):
             rows = slice(start, start + len(buffer))
             padded = buffer[: N - start]

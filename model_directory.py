@@ -155,9 +155,11 @@ def only_base_of(directory: Path) -> list[Path]:
             others += [path for path in models_in(parent) if not path.samefile(directory)]
     for path in others:
         with contextlib.suppress(ValueError, OSError):
-            if is_lora(about := read_about(path)) and holds(directory, sha256 := about["base"]["sha256"]):
-                places = [*others, base_folder(path, about["base"])]
-                if not any(holds(place, sha256) for place in places if place.resolve() != directory.resolve()):
+            about = read_about(path)
+            if is_lora(about):
+                sha256, places = about["base"]["sha256"], [*others, base_folder(path, about["base"])]
+                elsewhere = [place for place in places if place.resolve() != directory.resolve()]
+                if holds(directory, sha256) and not any(holds(place, sha256) for place in elsewhere):
                     found.append(path)
     return found
 

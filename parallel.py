@@ -160,8 +160,10 @@ class Cut:
 
 def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
     """{parameter: its Cut}; those that are missing are the same on all ranks of a tp group."""
+    if tp == 1:
+        return {}
     found = {}
-    for path, layer in model.named_modules() if tp > 1 else ():
+    for path, layer in model.named_modules():
         name = path.split(".")[-1]
         parameters = {f"{path}.{key}": (key, p.dim()) for key, p in layer.named_parameters()}
         if layer is model.embedding:
@@ -205,8 +207,9 @@ def _share_layers(model: GPT, group: dist.ProcessGroup) -> None:
         elif name in ROW:
             lora.change_class(layer, RowLinear)
             layer.group = group
-            for part in layer.lora.values() if isinstance(layer, lora.Adapted) else ():
-                part.__class__, part.group = RowAdapter, group
+            if isinstance(layer, lora.Adapted):
+                for part in layer.lora.values():
+                    part.__class__, part.group = RowAdapter, group
     model.__class__, model.group = GPTInShares, group
 
 

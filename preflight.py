@@ -250,7 +250,8 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     base, training = "base", "ft"
     with contextlib.suppress(ValueError):  # a base outside the convention
         parsed = ModelName.parse(Path(config.init_from).resolve().name)
-        base, training = parsed.dataset.split("-to-")[-1], "merged-ft" if parsed.training_type == "merged" else "ft"
+        base = parsed.dataset.split("-to-")[-1]
+        training = "merged-ft" if parsed.training_type == "merged" else "ft"
     training = "lora" if config.lora else training
     return ModelName(kind, size, dataset if base == dataset else f"{base}-to-{dataset}", training)
 

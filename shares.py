@@ -81,8 +81,9 @@ class Shares:
 
     def agree_on_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """float16's scaler skips a step whose gradients overflow: on all ranks, where they do on one."""
-        for found in scaler._found_inf_per_device(optimizer).values() if scaler.is_enabled() else ():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        if scaler.is_enabled():
+            for found in scaler._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found, dist.ReduceOp.MAX)
 
     # ---- state
 

@@ -62,7 +62,7 @@ def _from_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} does not load as tensors alone: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds something other than named tensors")
-    return {name: Stored(tuple(tensor.shape), partial(lambda tensor: tensor, tensor)) for name, tensor in state.items()}
+    return {name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in state.items()}
 
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -278,14 +278,13 @@ class Trainer:
             "dataset": metadata["dataset"],
             "best": self.best,
         }
-        texts = {TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {}
         CheckpointManager.save_checkpoint(
             model,
             self.directory,
             metadata,
             best=best,
             training_state=state,
-            texts=texts,
+            texts={TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {},
             shards=shards,
             fingerprint=fingerprint,
         )
@@ -454,7 +453,8 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
     start = prepare_start(config, given, ranks)
     pick_device(start.config.device, ranks.local)  # before anything is written
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal(ranks.main) as stop:
-        ranks.main_alone(lambda: (check_unchanged(start), files.recover(start.directory)))
+        ranks.main_alone(lambda: check_unchanged(start))
+        ranks.main_alone(lambda: files.recover(start.directory))
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)

@@ -111,7 +111,8 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
         numbers = -(-shape[0] // mesh.fsdp) * mesh.fsdp * int(np.prod(shape[1:], dtype=int))
         blocks += numbers * (id(parameter) in in_blocks)
         outside += numbers * (id(parameter) not in in_blocks)
-    micro, half = config.micro_batches // mesh.readers, 2 if config.dtype == "bfloat16" else 4
+    micro = config.micro_batches // mesh.readers
+    half = 2 if config.dtype == "bfloat16" else 4
     gradients, tokens = 4 * (blocks + outside), config.batch_size * config.block_size
     sent = {"dp": 2 * gradients / mesh.fsdp, "fsdp": micro * half * (2 * blocks + outside) + gradients}
     C, L = architecture.n_embd, architecture.n_layer
@@ -168,7 +169,9 @@ def launched(processes: int, work: Callable, *arguments) -> dict[int, Any]:
     """What `work` gives in each of so many processes of torchrun's."""
     with tempfile.TemporaryDirectory() as folder:
         launch = LaunchConfig(
-            *(1, 1, processes),
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             run_id="bench",

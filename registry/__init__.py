@@ -29,16 +29,16 @@ PLACES = {  # {module: its names that are public here}
     "entries": ("ConflictError", "RegistryError", "UnknownModelError"),
     "loading": ("coerce_device", "resolve_dtype"),
     "names": (
-        *("PluginError", "describe_models", "get_model", "get_tokenizer", "list_models"),
-        *("register_model", "temporary_models", "unregister"),
+        "PluginError", "describe_models", "get_model", "get_tokenizer", "list_models",
+        "register_model", "temporary_models", "unregister",
     ),
     "parts": (
-        *("ModelDecomposer", "ModelFamily", "ModelRegistry", "PartSpec", "PartType"),
-        *("register_decomposer", "unregister_decomposer"),
+        "ModelDecomposer", "ModelFamily", "ModelRegistry", "PartSpec", "PartType",
+        "register_decomposer", "unregister_decomposer",
     ),
     "resolve": ("Candidate", "ModelNotFoundError", "Resolution", "find_model"),
     "runners": ("ModelOutputs", "load_model"),
-}
+}  # fmt: skip
 MODULES = {name: f"registry.{module}" for module, names in PLACES.items() for name in names}
 __all__ = sorted(MODULES)
 

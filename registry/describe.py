@@ -167,7 +167,8 @@ def _describe_attention(part: PartSpec, module: nn.Module, values: Mapping[str, 
     """Queries, keys and values have (H + 2 K) * D rows, together or apart, and what is behind reads H * D."""
     reads, writes = list(_called(module, QUERIES)), next(_called(module, OUTPUTS), None)
     query_norm = attribute(module, "q_norm") or attribute(module, "q_layernorm")
-    heads, info = heads_of(vars(module)) or heads_of(values), part.extra_info
+    heads = heads_of(vars(module)) or heads_of(values)
+    info = part.extra_info
     if reads and writes is not None and None not in (*features(writes), *features(reads[0])):
         width, rows = features(writes)[0], sum(features(layer)[1] for layer in reads)
         if heads is None and query_norm is not None:

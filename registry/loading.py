@@ -165,7 +165,8 @@ def load(
         raise FileNotFoundError(f"there is no folder {folder}")
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization={quantization} is none of {', '.join(QUANTIZATIONS)}")
-    options, arch, ours = _checked_options(load_config, attentions), read_arch(folder, arch), bool(status(folder))
+    options, arch = _checked_options(load_config, attentions), read_arch(folder, arch)
+    ours = bool(status(folder))
     if quantization or options:
         if ours and not (folder / HF_WEIGHTS).exists():
             asked = f"quantization={quantization}" if quantization else f"load_config with {', '.join(options)}"
@@ -224,7 +225,8 @@ def _load_through_transformers(
 
 def _classes(transformers: ModuleType, hf: Mapping[str, Any], arch: str, trust_remote_code: bool) -> list[type]:
     """The classes to open a model as, the best one first; the last one has no head."""
-    own, bare = hf.get("auto_map") if trust_remote_code else None, [transformers.AutoModel]
+    own = hf.get("auto_map") if trust_remote_code else None
+    bare = [transformers.AutoModel]
     if own:
         return [getattr(transformers, name) for name in (HEADED[arch], "AutoModel") if name in own] or bare
     named = _architecture(hf)

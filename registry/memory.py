@@ -236,7 +236,7 @@ class Fitting:
         if self.steady:
             return itemised(self.plan, with_batch(*self.pair, sequences), self.holes).total
         first, second = (itemised(self.plan, rehearsal, self.holes).total for rehearsal in self.pair)
-        (a, b) = self.sizes
+        a, b = self.sizes
         return first + (second - first) * (sequences - a) // (b - a)
 
     def largest_batch(self, room: int) -> int:
