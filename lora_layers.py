@@ -96,7 +96,7 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
 
 
 def _spellings(path: str, ours: bool, gemmas: bool) -> list[str]:
-    """A path as an entry spells it: with our names, with Gemma's, or with both where some parts are in one."""
+    """A path as an entry may spell it: with our names, with Gemma's, or, where it has some of each, either way."""
     found, parts = [], path.split(".")
     if ours or not gemmas:
         found.append(path)
