@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import loss
-from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, RunConfig
+from configurator import LONGEST_UNASKED, RunConfig, precision
 from device import DTYPES
 from lora import LoRAConfig
 from mesh import Mesh, mesh_problems
@@ -132,14 +132,12 @@ def estimate(
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
     `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
-    [[sizes], [names]] with the axes of mesh.py, and `dtype` one of PRECISION_SPELLINGS. Not `cuda`: a process on a CPU.
-    Raises ValueError for what cannot be.
+    [[sizes], [names]] with the axes of mesh.py, and `dtype` is spelled as configurator.precision takes it. Not `cuda`:
+    a process on a CPU. Raises ValueError for what cannot be.
     """
-    if dtype not in PRECISION_SPELLINGS:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(PRECISION_SPELLINGS)}")
     mesh = Mesh.parse(mesh_shape)
-    steps, recompute, dtype = gradient_accumulation_steps, activation_checkpointing, PRECISION_SPELLINGS[dtype]
-    plan = Plan(config, lora, block_size, dtype, mesh, steps, generate, cuda, recompute)
+    steps, recompute = gradient_accumulation_steps, activation_checkpointing
+    plan = Plan(config, lora, block_size, precision(dtype), mesh, steps, generate, cuda, recompute)
     return itemised(plan, plan.rehearse(share_of_batch(batch_size, mesh)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS
+from configurator import LONGEST_UNASKED, PRESETS
 from lora import LoRAConfig
 from mesh import Mesh
 from model import GPT, GPTConfig, KVCache
@@ -69,8 +69,8 @@ def run_memory(arguments: Any) -> tuple[str, Any]:
     lora = LoRAConfig(arguments.lora_rank) if arguments.lora_rank is not None else None
     length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
     mesh = Mesh.parse(arguments.mesh_shape)
-    dtype, recompute = PRECISION_SPELLINGS[arguments.dtype], arguments.activation_checkpointing == "true"
-    steps = arguments.gradient_accumulation_steps
+    dtype, steps = arguments.dtype, arguments.gradient_accumulation_steps
+    recompute = arguments.activation_checkpointing == "true"
     plan = Plan(config, lora, length, dtype, mesh, steps, arguments.generate, activation_checkpointing=recompute)
     card = Fitting(plan, arguments.batch_size)
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
