@@ -127,6 +127,12 @@ def status(directory: Path) -> str:
     return "torn" if (directory / LOG).exists() and not (directory / HF_WEIGHTS).exists() else ""
 
 
+def strange_files(directory: Path) -> list[str]:
+    """Files that are not ours to write over: all but what a run leaves that was stopped before its first save."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in (LOG, METRICS) and not name.endswith(files.NEW))
+
+
 def models_in(root: Path) -> dict[Path, str]:
     """Model directories under `root` and their status."""
     if not root.is_dir():

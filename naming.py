@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 SIZE_WORDS = ("tiny", "small", "base", "medium", "large")
-HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # NAME or OWNER/NAME, on Hugging Face's hub
 TRAINING_TYPES = ("pretrain", "lora", "ft", "merged", "merged-ft")
 
 

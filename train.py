@@ -99,7 +99,7 @@ class Trainer:
                 lora.round_frozen(self.raw_model, torch.bfloat16)
         self.raw_model.recompute = config.activation_checkpointing
         self.block_size = config.block_size
-        self.micro_steps = config.micro_batches // ranks.readers
+        self.micro_steps = config.micro_batches // ranks.mesh.readers
         self.samples_per_step = config.batch_size * config.micro_batches
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
         # A run compares its evaluations, so it keeps their sequences when a resume changes batch_size.
@@ -165,7 +165,7 @@ class Trainer:
                     _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
                 self.scaler.scale(loss / self.micro_steps).backward()
                 total += loss.detach() / self.micro_steps
-        loss = self.ranks.sum(total).item() / self.ranks.size
+        loss = self.ranks.mean(total)
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         if self.shares:
@@ -199,7 +199,7 @@ class Trainer:
         result = {}
         for split, batches in self.evaluation.items():
             total = 0.0
-            for first in range(0, len(batches), self.ranks.readers):
+            for first in range(0, len(batches), self.ranks.mesh.readers):
                 if stop is not None and self._agree_on_stop(stop)[0]:
                     self.raw_model.train()
                     return None
@@ -405,7 +405,7 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
         f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
     )
     epochs = config.max_iters * tokens / len(dataset.train)
-    readers = trainer.ranks.readers
+    readers = trainer.ranks.mesh.readers
     divided = f", divided among {readers} processes" if readers > 1 else ""
     log.say(
         f"{tokens:,} tokens a step, {config.micro_batches} micro-batches of {config.batch_size} sequences{divided}; "

@@ -42,9 +42,8 @@ from distributed import Ranks
 from files import write_atomic
 from logbook import duration
 from mesh import AXES, Mesh, mesh_problems
-from model import GPT, GPTConfig, on_meta
+from model import GPT, GPTConfig, count_parameters, on_meta
 from parallel import cuts, with_partial_gradients
-from preflight import count_parameters
 
 MB = 10**6
 SETTINGS = (*speed.SETTINGS, "gradient_accumulation_steps", "dtype")

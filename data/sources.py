@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ class Source:
     licence: str
     synthetic: bool = False
     total_bytes: int | None = None  # of text; an expectation, where there is one
-    vocabulary: Callable[[], Iterable[str]] = tuple  # further text to train a tokenizer on: what models of it may meet
+    vocabulary: Iterable[str] = ()  # further text to train a tokenizer on: what models of it may meet
 
 
 # ---- files

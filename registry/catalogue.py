@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configurator import PRECISION_SPELLINGS
-from naming import HUB_ID
+from hub import HUB_ID
 from registry.entries import BUILT_IN, ConflictError, Entries, Entry, UnknownModelError, caller
 
 MINI_LM = "MiniLM"  # a constructor's name (names.py), so spelled like this it is not the recipe minilm
