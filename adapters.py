@@ -75,9 +75,9 @@ def adapter_files(
     """What `save_adapters` writes, {name: content}. `fingerprint` is what `fingerprint_of` gave, for a model of which
     the adapter alone is here.
 
-    `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out` says
-    whether PEFT will meet layers that store (in, out); by default, whether these layers do; `inside`, whether it will
-    meet them inside a model with images; by default, whether `base` is the folder of one.
+    `base` and `task_type` ("CAUSAL_LM") are for PEFT's Auto classes, which find the base by them. `fan_in_fan_out`:
+    whether PEFT will meet layers that store (in, out) (default: whether these do). `inside`: whether it will meet them
+    inside a model with images (default: whether `base` is the folder of one).
     """
     parts = lora.adapters_of(model, adapter)
     first = next(iter(parts.values()))
@@ -252,7 +252,7 @@ def load_adapters(
     """
     directory = files.expanded(directory)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
-        old = " (adapter_model.bin is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
+        old = f" ({OLD_WEIGHTS} is pickled: save it anew with PEFT)" if (directory / OLD_WEIGHTS).is_file() else ""
         raise FileNotFoundError(f"{directory} holds no adapter: {' and '.join(missing)} not found{old}")
     config, weights = ((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
     return install_adapter(model, config, weights, directory, adapter, force=force, untie=untie, dtype=dtype)
@@ -358,8 +358,10 @@ def _parts(
             for key in ("target_modules", "exclude_modules")
         )
         problems += [f"{path} is targeted and has no tensors" for path in sorted(wanted - unwanted - sides.keys())]
+    refusal = "its tensors are not an adapter of this model"
+    lora.raise_some(refusal, problems)
     parts = {}
-    for path, pair in sides.items() if not problems else ():
+    for path, pair in sides.items():
         rank, alpha = (
             next((n for key, n in settings[pattern].items() if re.fullmatch(rf"(.*\.)?({key})", path)), settings[usual])
             for pattern, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
@@ -367,7 +369,7 @@ def _parts(
         if pair["A"].size(0) != rank:
             problems.append(f"{path} has rank {pair['A'].size(0)} where {CONFIG} says {rank}")
         parts[paths[path]] = pair["A"], pair["B"], alpha
-    lora.raise_some("its tensors are not an adapter of this model", problems)
+    lora.raise_some(refusal, problems)
     return parts
 
 

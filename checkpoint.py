@@ -143,9 +143,8 @@ class CheckpointManager:
         (adapters.fingerprint_of).
         """
         directory, model = Path(directory), bare(model)
-        _check_before_saving(directory, names := lora.adapter_names(model), metadata, training_state)
-        adapted = bool(names)
-        arguments = model_args(model.config)
+        adapted, arguments = lora.adapter_names(model), model_args(model.config)
+        _check_before_saving(directory, adapted, metadata, training_state)
         own = lora.lora_state_dict(model) if adapted else {}
         common = {
             "model": own or model.state_dict(),
@@ -157,7 +156,7 @@ class CheckpointManager:
         about = {
             "format": "nanoforge-1",
             "name": directory.resolve().name,
-            "parameters": model.num_params() - lora.count_parameters(model),
+            "parameters": model.num_params() - lora.count_adapter_parameters(model),
             "iter_num": common["iter_num"],
             "best_val_loss": common["best_val_loss"],
             **{key: value for key, value in metadata.items() if key not in common},
@@ -166,7 +165,8 @@ class CheckpointManager:
         }
         dtype, tokenizer = next(model.parameters()).dtype, (texts or {}).get(TOKENIZER)
         configurations, why_not = hugging_face.configurations(model.config, dtype, metadata["config"], tokenizer)
-        about |= {"hugging_face": f"no: {why_not}"} if why_not else {}
+        if why_not:
+            about["hugging_face"] = f"no: {why_not}"
         contents: dict[str, files.Content] = {name: _json(value) for name, value in configurations.items()}
         contents |= {MODEL_ARGS: _json(arguments), **(texts or {})}
         if adapted:
@@ -318,7 +318,7 @@ class CheckpointManager:
         return model, reference if base else {**reference, "given": about["base"]["given"]}
 
     @staticmethod
-    def is_foreign(path: str | Path) -> bool:
+    def is_hugging_face(path: str | Path) -> bool:
         """Whether a model directory is Hugging Face's and not ours, nor nanoGPT's."""
         return locate(path)[1] in HF_FILES
 

@@ -69,11 +69,10 @@ from data.batches import sequences
 from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from device import DTYPES, keep_freed_memory, pick_device
-from distributed import Ranks
 from model import GPT
 from model_directory import is_lora, read_about
 from registry.resolve import folder_of
-from sample import check_seed, find_tokenizer, read_prompt
+from sample import check_seed, read_prompt, tokenizer_for
 from tokenizer import EOT, Tokenizer
 from words import as_png
 
@@ -185,7 +184,7 @@ def load(
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=dtype)  # as sample.py does
     tokenizer_path = CheckpointManager.find_tokenizer(path) or fallback
-    tokenizer = find_tokenizer(tokenizer_path, metadata)
+    tokenizer = tokenizer_for(tokenizer_path, metadata)
     trained_on = (metadata["config"] or {}).get("dataset")
     name = metadata["directory"].resolve().name
     return Side(letter, name, model.to(dtype).eval(), tokenizer, Path(tokenizer_path), trained_on)
@@ -196,12 +195,12 @@ def load(
 
 def read_text(name: str, a: Side, b: Side, block_size: int, max_tokens: int) -> Text:
     """Held-out text of a dataset: the same tokens for both models, or, where their tokenizers differ, the same text."""
-    first = second = find_dataset(name, Ranks(), a.tokenizer_path)
+    first = second = find_dataset(name, a.tokenizer_path)
     shared = a.tokenizer.fingerprint == b.tokenizer.fingerprint
     if not shared:
         if not first.meta:
             raise ValueError(f"{first.directory} does not say whose tokens it holds, and those of A and of B differ")
-        second = find_dataset(name, Ranks(), b.tokenizer_path)
+        second = find_dataset(name, b.tokenizer_path)
     for side, dataset in ((a, first), (b, second)):
         if problems := dataset_problems(dataset.directory, block_size=1, vocab_size=side.model.config.vocab_size):
             raise ValueError(f"{side.name} cannot read {name}: {problems[0]}")

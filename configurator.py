@@ -29,13 +29,15 @@ from mesh import Mesh
 
 def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
     """Gemma 3's text models (arXiv 2503.19786), as they are published."""
-    shape = {"block_size": 131072, "vocab_size": 262208, "head_size": 256, "sliding_window": 1024, "query_scalar": 256}
-    shape |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner}
-    rope = {"rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
-    kind = {"block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6}
-    kind["global_layers"] = range(5, n_layer, 6)
-    flags = dict.fromkeys(("qk_norm", "scaled_embeddings", "norm_plus_one", "post_norms"), True)
-    return GPTConfig(**{**shape, **rope, **kind, **flags, **changes})
+    settings = {
+        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner,
+        "block_size": 131072, "vocab_size": 262208, "head_size": 256, "query_scalar": 256,
+        "sliding_window": 1024, "global_layers": range(5, n_layer, 6),
+        "rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6,
+        "qk_norm": True, "scaled_embeddings": True, "norm_plus_one": True, "post_norms": True,
+    }  # fmt: skip
+    return GPTConfig(**{**settings, **changes})
 
 
 _SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
@@ -125,7 +127,7 @@ class RunConfig:
     optimizer: str = setting(
         "adamw", "adamw, or muon for the matrices inside the blocks and AdamW for the rest", ("adamw", "muon"), "refuse"
     )
-    learning_rate: float = setting(1e-3, "peak, per step of AdamW", resume="warn")
+    learning_rate: float = setting(1e-3, "peak of the schedule; with muon, that of AdamW's part", resume="warn")
     muon_learning_rate: float | None = setting(
         None, "peak of muon's matrices, which decays along with learning_rate; unset: learning_rate", resume="refuse"
     )
@@ -248,16 +250,18 @@ class RunConfig:
 FIELDS = {f.name: f for f in fields(RunConfig)}
 MODEL_FILES = Path(__file__).resolve().parent / "config" / "model"
 NAMES = ("lora_targets", "lora_exclude")  # lists of names, kept with commas between them
-LORA_KEYS = {
+LORA_SPELLINGS = {
     spelling: f"lora_{name}"
     for name, others in SPELLINGS.items()
     if f"lora_{name}" in FIELDS
     for spelling in (name, *others)
 }
-ALIASES = {key: name for key, name in LORA_KEYS.items() if key not in FIELDS}  # `dropout` is the model's own
-ALIASES |= {"model": "init_from", "model.name": "init_from", "model.local_files_only": "local_files_only"}
-LORA_KEYS |= {"enabled": "lora"} | {name.removeprefix("lora_"): name for name in FIELDS if name.startswith("lora_")}
-ALIASES |= {f"{group}lora.{key}": name for key, name in LORA_KEYS.items() for group in ("", "model.")}
+IN_GROUP = LORA_SPELLINGS | {"enabled": "lora"} | {n.removeprefix("lora_"): n for n in FIELDS if n.startswith("lora_")}
+ALIASES = (
+    {key: name for key, name in LORA_SPELLINGS.items() if key not in FIELDS}  # `dropout` is the model's own
+    | {"model": "init_from", "model.name": "init_from", "model.local_files_only": "local_files_only"}
+    | {f"{group}lora.{key}": name for key, name in IN_GROUP.items() for group in ("", "model.")}
+)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, dict[str, str]]:

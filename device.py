@@ -48,12 +48,13 @@ def pick_dtype(name: str, device: torch.device) -> tuple[str, str]:
     return "float32", f"no measured gain on {device.type}"
 
 
-def bfloat16_gain(size: int = 768, repeats: int = 10) -> float:
+def bfloat16_gain() -> float:
     """How many times faster than float32 this CPU multiplies bfloat16 matrices; well under a second.
 
     A processor without the instructions emulates them and comes out below 1, so this needs no list of processors. It
     takes the processor time of one thread: a second run that starts meanwhile would slow the clock of one dtype alone.
     """
+    size, repeats = 768, 10
     spent, threads = {}, torch.get_num_threads()
     tick = time.get_clock_info("thread_time").resolution  # as long as several products on Windows
     torch.set_num_threads(1)

@@ -23,14 +23,14 @@ PATIENCE = timedelta(days=1)  # with rank 0, which may prepare a dataset meanwhi
 class Ranks:
     """The processes torchrun started; without torchrun, a group of one, for which every method does nothing.
 
-    `reader` is which of `readers` shares of the batch a process has. Those of one tp group have the same.
+    `reader` is which of the mesh's `readers` shares of the batch a process has. Those of one tp group have the same.
     """
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         self.main = self.rank == 0
-        self.mesh, self.reader, self.readers, self.tp_rank = Mesh(dp=self.size), self.rank, self.size, 0
+        self.mesh, self.reader, self.tp_rank = Mesh(dp=self.size), self.rank, 0
         self.grid: DeviceMesh | None = None
         if self.size > 1:
             if torch.cuda.is_available():
@@ -41,7 +41,7 @@ class Ranks:
     def arrange(self, mesh: Mesh, device_type: str) -> None:
         """Give every process its place in the mesh, which has as many places as there are processes."""
         assert mesh.devices == self.size
-        self.mesh, self.readers = mesh, mesh.readers
+        self.mesh = mesh
         self.reader, self.tp_rank = divmod(self.rank, mesh.tp)
         if self.size > 1:
             sizes = tuple(getattr(mesh, axis) for axis in AXES)
@@ -51,10 +51,11 @@ class Ranks:
         """The processes that differ from this one in this axis alone."""
         return self.grid.get_group(axis)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def mean(self, number: Tensor) -> float:
+        """Of a number that every process has, in a tensor, which is lost."""
         if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+            dist.all_reduce(number)
+        return number.item() / self.size
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

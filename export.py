@@ -65,8 +65,9 @@ LAYOUTS = {"gpt2": Layout("gpt2", biases=True), "llama": Layout("llama", interle
 LAYOUTS |= {"qwen2": Layout("qwen2"), "qwen3": Layout("qwen3")}
 
 # What gguf computes for llama blocks, beyond shapes: everything else must have GPTConfig's default.
-LLAMA_FIELDS = {"block", "activation", "n_inner", "n_kv_head", "head_size", "rope_theta", "rope_scaling", "norm_eps"}
-LLAMA_FIELDS |= {"bias"}
+LLAMA_FIELDS = {
+    "block", "activation", "n_inner", "n_kv_head", "head_size", "rope_theta", "rope_scaling", "norm_eps", "bias"
+}  # fmt: skip
 SHAPE = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "tie_word_embeddings", "family"}
 
 

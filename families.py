@@ -31,7 +31,7 @@ from tensor_files import Stored, stored_tensors
 from words import first_few, misfits
 
 RUN_KEYS = "run_keys"  # in a config.json of ours: the names of a run's settings in it
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LOADABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of weights that are not quantised
 
 # ---- from a config.json
 
@@ -357,7 +357,7 @@ def load_state(
     state = {}
     for name in found:
         tensor, parts = found[name].read(), layout[name]
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in LOADABLE:
             raise ValueError(f"{source} has {name} in {tensor.dtype}: quantised weights do not load here")
         if name in absent:
             if tensor.any():

@@ -152,15 +152,15 @@ FAMILIES = {
 WRAPPER = "gemma3"  # with images: its text model is a gemma3_text
 ONLY = {"is_causal": True}  # in every family, keys with the one value that GPT computes
 NEUTRAL = {  # in any family: who made a file and how, how a training starts, what text is to be made
-    *("architectures", "auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type"),
-    *("tokenizer_class", "problem_type", "id2label", "label2id", "_num_labels", "return_dict", "output_past", "prefix"),
-    *("transformers.js_config", "unsloth_fixed", "unsloth_version", "predict_special_tokens", "max_sequence_length"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "initializer_range"),
-    *("_attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "do_sample", "early_stopping"),
-    *("is_llama_config", "output_hidden_states", "output_attentions"),
-    *("max_length", "min_length", "max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
-    *("num_return_sequences", "length_penalty", "no_repeat_ngram_size"),
-}
+    "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "model_type",
+    "tokenizer_class", "problem_type", "id2label", "label2id", "_num_labels", "return_dict", "output_past", "prefix",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", "predict_special_tokens", "max_sequence_length",
+    "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "initializer_range",
+    "_attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "do_sample", "early_stopping",
+    "is_llama_config", "output_hidden_states", "output_attentions",
+    "max_length", "min_length", "max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
+    "num_return_sequences", "length_penalty", "no_repeat_ngram_size",
+}  # fmt: skip
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}  # there: here
 ACTIVATIONS |= {"gelu_new": "gelu_tanh", "swish": "silu"}  # read, not written
 ROPES = {"default": (), **ROPE_TYPES}  # the numbers of each kind of scaling; their names there and here are the same

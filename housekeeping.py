@@ -1,4 +1,4 @@
-"""Looking after many model directories: list, show, deploy, prune (checkpoint.py's command line). Opens no weights."""
+"""Looking after model directories: list, show, deploy, prune (checkpoint.py's command line). Opens no weights."""
 
 import contextlib
 import json

@@ -11,8 +11,8 @@ from typing import Any
 
 import files
 from model_directory import HF_FILES
-from naming import HUB_ID
 
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # NAME or OWNER/NAME
 # What is downloaded of a model: no weights in another format twice. A folder with a number is sentence-transformers'.
 WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.txt", "*.model", "*.jinja", "[0-9]_*/*"]
 

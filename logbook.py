@@ -67,7 +67,9 @@ class Logbook:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of a run, none if it has no metrics.jsonl. A line that a kill cut short, or a disk, is left out."""
     path, records = directory / METRICS, []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    if not path.exists():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "iter" in record]

@@ -108,7 +108,7 @@ def change_class(layer: nn.Module, new_class: type) -> None:
     _become(layer, _adapted_class(new_class) if isinstance(layer, Adapted) else new_class)
 
 
-def _hang(layer: nn.Module, name: str, adapter: Adapter) -> None:
+def _attach(layer: nn.Module, name: str, adapter: Adapter) -> None:
     if not isinstance(layer, Adapted):
         layer.lora = Adapters()
         _become(layer, _adapted_class(type(layer)))
@@ -126,7 +126,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in _adapted(model).values() for name in layer.lora))
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_adapter_parameters(model: nn.Module) -> int:
     """Of all adapters together."""
     return sum(p.numel() for layer in _adapted(model).values() for p in layer.lora.parameters())
 
@@ -210,7 +210,7 @@ def install(
         layer, weight = layers[path], layers[path].weight
         to = dtype or (A.dtype if is_quantised(weight) else weight.dtype)
         A, B = (tensor.to(weight.device, to) for tensor in (A, B))
-        _hang(layer, adapter, kind_of(layer)(A, B, alpha, use_rslora, dropout))
+        _attach(layer, adapter, kind_of(layer)(A, B, alpha, use_rslora, dropout))
     if active is None:
         model.requires_grad_(False)
     set_active(model, active or adapter)
@@ -308,7 +308,7 @@ def add_weighted_sum(model: nn.Module, adapter: str, weights: Mapping[str, float
         A = torch.cat([part.A.to(torch.promote_types(part.A.dtype, torch.float32)) for part, _ in scaled])
         B = torch.cat([part.B.to(A.dtype) * scale for part, scale in scaled], dim=1)
         layer = model.get_submodule(path)
-        _hang(layer, adapter, kind_of(layer)(A, B, alpha=A.size(0)).requires_grad_(False))
+        _attach(layer, adapter, kind_of(layer)(A, B, alpha=A.size(0)).requires_grad_(False))
 
 
 @dataclass(frozen=True)
@@ -341,13 +341,21 @@ def merge_lora(model: nn.Module, adapter: str | None = None, dtype: torch.dtype 
         layers[path].weight = _merge(path, layers[path], part, dtype)[0]
     remove_lora(model)
     untied = tuple(path for path in parts if path in ties)
-    embeddings = any(isinstance(model.get_submodule(p), nn.Embedding) for path in untied for p in (path, *ties[path]))
-    if embeddings and getattr(config := getattr(model, "config", None), "tie_word_embeddings", False):
-        try:
-            config.tie_word_embeddings = False
-        except FrozenInstanceError:
-            model.config = replace(config, tie_word_embeddings=False)
+    shared = {p for path in untied for p in (path, *ties[path])}
+    if any(isinstance(model.get_submodule(p), nn.Embedding) for p in shared):
+        _unset_tie(model)
     return MergeReport(tuple(parts), untied, largest, math.sqrt(lost / norm) if norm else 0.0)
+
+
+def _unset_tie(model: nn.Module) -> None:
+    """Have the configuration, where there is one, no longer say that head and token embedding share a weight."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        config.tie_word_embeddings = False
+    except FrozenInstanceError:
+        model.config = replace(config, tie_word_embeddings=False)
 
 
 @torch.no_grad()

@@ -79,7 +79,9 @@ class LoRAConfig:
         for key, value in settings.items():
             if key not in names:
                 problems.append(f"unknown LoRA setting {key!r}, the nearest are {nearest(str(key), names)}")
-            elif settings[first := given.setdefault(names[key], key)] != value:
+                continue
+            first = given.setdefault(names[key], key)
+            if settings[first] != value:
                 problems.append(f"{first}={settings[first]!r} and {key}={value!r} give one setting two values")
         try:
             config = cls(**{name: settings[key] for name, key in given.items()})

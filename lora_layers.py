@@ -85,17 +85,24 @@ def _find(entries: Mapping[str, str], paths: Iterable[str]) -> dict[str, list[st
     found, paths = {}, list(paths)
     for entry, regex in entries.items():
         ours = any(name in entry for name in GEMMA_NAMES)
-        gemmas = "einsum" in entry or (not ours and re.search(WHOLE_ATTN, entry))
-        spelled = {path: [path] * (ours or not gemmas) for path in paths}
-        for path in paths if gemmas else ():
-            names = GEMMA_NAMES if "self_attn" in path.split(".") else {}  # elsewhere attn is what it is called
-            spelled[path].append(".".join(names.get(part, part) for part in path.split(".")))
+        gemmas = "einsum" in entry or (not ours and re.search(WHOLE_ATTN, entry) is not None)
         between = "/" if "/" in entry else "."
         found[entry] = [
             path
-            for path, names in spelled.items()
-            if any(re.fullmatch(regex, name.replace(".", between)) for name in names)
+            for path in paths
+            if any(re.fullmatch(regex, name.replace(".", between)) for name in _spellings(path, ours, gemmas))
         ]
+    return found
+
+
+def _spellings(path: str, ours: bool, gemmas: bool) -> list[str]:
+    """A path as an entry may spell it: with our names, with Gemma's, or, where it has some of each, either way."""
+    found, parts = [], path.split(".")
+    if ours or not gemmas:
+        found.append(path)
+    if gemmas:
+        names = GEMMA_NAMES if "self_attn" in parts else {}  # elsewhere attn is what it is called
+        found.append(".".join(names.get(part, part) for part in parts))
     return found
 
 

@@ -60,7 +60,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         parts = [slice(at, min(V, at + PART)) for at in range(0, V, PART)]
         buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
         losses_of = _losses_and_gradients if for_x or any(for_masters) else _losses
-        loss, dx, dmasters = x.new_zeros((), dtype=wide), torch.empty_like(x) if for_x else None, [None] * len(masters)
+        loss, dmasters = x.new_zeros((), dtype=wide), [None] * len(masters)
+        dx = torch.empty_like(x) if for_x else None
         for start in range(0, N, len(buffer)):
             rows = slice(start, start + len(buffer))
             padded = buffer[: N - start]
@@ -147,15 +148,15 @@ def _losses_and_gradients(logits: Tensor, targets: Tensor, dtype: torch.dtype) -
     own = torch.arange(len(logits), device=logits.device), targets
     p = torch.softmax(logits, dim=1, out=logits)[own].to(dtype)
     logits[own] = 0
-    others = _others(logits, p)
-    logits[own] = -others.to(logits.dtype)
-    return -torch.where(p > SURE, torch.log1p(-others), p.clamp(min=torch.finfo(dtype).tiny).log())
+    rest = _rest(logits, p)  # the logits are probabilities by now, those of the targets aside
+    logits[own] = -rest.to(logits.dtype)
+    return -torch.where(p > SURE, torch.log1p(-rest), p.clamp(min=torch.finfo(dtype).tiny).log())
 
 
-def _others(logits: Tensor, p: Tensor) -> Tensor:
-    """What is left of one for all but the targets, whose probabilities are `p`. These are coarse near one, where
-    bfloat16 has steps of 0.004; those of the others, which `logits` are, are not."""
-    others = 1 - p
+def _rest(probabilities: Tensor, p: Tensor) -> Tensor:
+    """1 - p for each target, whose probability p is coarse near one, where bfloat16 has steps of 0.004: there it is
+    summed from those of the others, `probabilities` (n, V), which are not."""
+    rest = 1 - p
     for rows in (p > SURE).nonzero()[:, 0].split(ROWS):
-        others[rows] = logits[rows].sum(dim=1, dtype=p.dtype)
-    return others
+        rest[rows] = probabilities[rows].sum(dim=1, dtype=p.dtype)
+    return rest

@@ -35,9 +35,11 @@ class LinearCrossEntropyInShares(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, first: int, group, ignore_index: int):
         for_x, for_weight = ctx.needs_input_grad[:2]
         share = _share(targets, ignore_index, torch.promote_types(x.dtype, torch.float32))
-        loss, dx = share.new_zeros(()), torch.empty_like(x) if for_x else None
+        loss = share.new_zeros(())
+        dx = torch.empty_like(x) if for_x else None
         dweight = torch.zeros_like(weight, dtype=share.dtype) if for_weight else None
-        for start in range(0, len(x), count := max(1, AT_A_TIME // len(weight))):
+        count = max(1, AT_A_TIME // len(weight))
+        for start in range(0, len(x), count):
             rows = slice(start, start + count)
             losses, gradient = _losses(x[rows] @ weight.t(), targets[rows], share[rows], first, group)
             loss += (losses * share[rows]).sum()

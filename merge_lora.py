@@ -55,11 +55,9 @@ from data.batches import fixed_batches, sequences
 from data.finding import dataset_directory, find_dataset
 from data.tokens import dataset_problems
 from device import DTYPES
-from distributed import Ranks
 from model import GPT, GPTConfig
-from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, status
+from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, status, strange_files
 from naming import ModelName, size_label
-from preflight import foreign_files
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
@@ -129,7 +127,7 @@ def real_text(
 ) -> tuple[Tensor, Tensor, str]:
     """Inputs and targets (B, T) of validation text, or of the README where the run's dataset is not here; and whose."""
     if data or (run_dataset and (dataset_directory(run_dataset) / "val.bin").exists()):
-        dataset = find_dataset(data or run_dataset, Ranks(), tokenizer)
+        dataset = find_dataset(data or run_dataset, tokenizer)
         length = min(config.block_size, LENGTH, len(dataset.val) - 1)
         problems = dataset_problems(dataset.directory, max(1, length), config.vocab_size)
         if problems:
@@ -216,7 +214,7 @@ def already(destination: Path, merge_of: dict[str, Any], count: int) -> str:
         return f"{destination} is this merge already; nothing was changed"
     if there:
         raise ValueError(f"{destination} holds another model, {there['name']} (saved {there['saved_at']}): {ELSEWHERE}")
-    if strange := foreign_files(destination):
+    if strange := strange_files(destination):
         raise ValueError(f"{destination} holds {', '.join(strange[:3])}, not ours to write over: {ELSEWHERE}")
     if destination.resolve().parent.name == "models":
         name = ModelName.parse(destination.name)

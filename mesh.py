@@ -73,9 +73,11 @@ class Mesh:
         return self.dp * self.fsdp
 
 
-def mesh_problems(mesh: Mesh, processes: int, config: GPTConfig, micro_batches: int, one: bool = False) -> list[str]:
+def mesh_problems(
+    mesh: Mesh, processes: int, config: GPTConfig, micro_batches: int, lora_one_micro_batch: bool = False
+) -> list[str]:
     """What keeps a model and the micro-batches of a step from being divided so: one sentence each, with the numbers and
-    the nearest choice that could be. `one`: lora_one_micro_batch says how many micro-batches there are."""
+    the nearest choice that could be."""
     problems = []
     if mesh.devices != processes:
         shape = " x ".join(f"{axis}={getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1) or "it"
@@ -92,8 +94,8 @@ def mesh_problems(mesh: Mesh, processes: int, config: GPTConfig, micro_batches: 
     if micro_batches % mesh.readers:
         below = micro_batches - micro_batches % mesh.readers
         nearest = " or ".join(str(n) for n in (below, below + mesh.readers) if n)
-        name = "lora_one_micro_batch: 1" if one else f"gradient_accumulation_steps={micro_batches}"
-        choice = "leave that out" if one else f"the nearest is {nearest}"
+        name = "lora_one_micro_batch: 1" if lora_one_micro_batch else f"gradient_accumulation_steps={micro_batches}"
+        choice = "leave that out" if lora_one_micro_batch else f"the nearest is {nearest}"
         problems.append(
             f"{name} must be a multiple of the {mesh.readers} processes that divide a step's micro-batches "
             f"(dp x fsdp): {choice}"

@@ -440,3 +440,7 @@ def on_meta(config: GPTConfig) -> GPT:
     seconds."""
     with torch.device("meta"), SkipInit():
         return GPT(config)
+
+
+def count_parameters(config: GPTConfig) -> int:
+    return on_meta(config).num_params()

@@ -2,7 +2,7 @@
 
 `export_meta.json` is the marker of files.py: it lists every file of the state in force with size and sha256. What
 people may edit or what grows between saves is not in it: README.md, training_log.txt, metrics.jsonl, loss.png. Nothing
-here opens weights; checkpoint.py does. housekeeping.py looks after many such directories.
+here opens weights; checkpoint.py does. housekeeping.py looks after such directories.
 """
 
 import contextlib
@@ -127,6 +127,12 @@ def status(directory: Path) -> str:
     return "torn" if (directory / LOG).exists() and not (directory / HF_WEIGHTS).exists() else ""
 
 
+def strange_files(directory: Path) -> list[str]:
+    """Files that are not ours to write over: all but what a run leaves that was stopped before its first save."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name not in (LOG, METRICS) and not name.endswith(files.NEW))
+
+
 def models_in(root: Path) -> dict[Path, str]:
     """Model directories under `root` and their status."""
     if not root.is_dir():
@@ -155,9 +161,11 @@ def only_base_of(directory: Path) -> list[Path]:
             others += [path for path in models_in(parent) if not path.samefile(directory)]
     for path in others:
         with contextlib.suppress(ValueError, OSError):
-            if is_lora(about := read_about(path)) and holds(directory, sha256 := about["base"]["sha256"]):
-                places = [*others, base_folder(path, about["base"])]
-                if not any(holds(place, sha256) for place in places if place.resolve() != directory.resolve()):
+            about = read_about(path)
+            if is_lora(about):
+                sha256, places = about["base"]["sha256"], [*others, base_folder(path, about["base"])]
+                elsewhere = [place for place in places if place.resolve() != directory.resolve()]
+                if holds(directory, sha256) and not any(holds(place, sha256) for place in elsewhere):
                     found.append(path)
     return found
 

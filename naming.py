@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 
 SIZE_WORDS = ("tiny", "small", "base", "medium", "large")
-HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # NAME or OWNER/NAME, on Hugging Face's hub
 TRAINING_TYPES = ("pretrain", "lora", "ft", "merged", "merged-ft")
 
 
@@ -38,7 +37,6 @@ class ModelName:
         tokens = self.dataset.split("-")
         if tokens.count("to") > 1 or tokens[0] == "to" or tokens[-1] == "to":
             raise ValueError(f"dataset {self.dataset!r} of a model name must be NAME or SOURCE-to-TARGET")
-
         if self.parse_parts(str(self)) != tuple(vars(self).values()):
             raise ValueError(f"{self} would be read as another name: rename the dataset {self.dataset!r}")
 

@@ -38,8 +38,11 @@ class Together:
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | Together:
-    """Weight decay is for matrices only. Muon's updates (Jordan et al. 2024) are scaled to the size of AdamW's (Liu et
-    al. 2025, arXiv 2502.16982, equation 4), so that rates and weight decay mean the same to both."""
+    """AdamW, or with `optimizer=muon` Muon for the blocks' matrices and AdamW for the rest.
+
+    Weight decay is for matrices only. Muon's updates (Jordan et al. 2024) are scaled to the size of AdamW's (Liu et al.
+    2025, arXiv 2502.16982, equation 4), so that rates and weight decay mean the same to both.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = []
     if config.optimizer == "muon":
@@ -59,7 +62,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return Together(adamw, muon)
 
 
-def restore(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
+def load_moments(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:
     """Fill it with saved moments. Rates, decay and betas stay as they are: what they were is saved too, and a resumed
     run may have others."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -4,7 +4,7 @@ Over the axes dp and fsdp it is FSDP2's (`fully_shard`), block by block: shards 
 as a block computes, and the gradients' mean. Over tp it is Megatron's division (Shoeybi et al. 2019, arXiv 1909.08053):
 heads, the MLP's width and the vocabulary are cut, so that a block needs two sums forward and two backward. What all
 ranks of tp have and each uses for its own heads, say the weights of a norm of queries, gets a part of its gradient on
-each, and these are summed once a step (`partial`).
+each, and these are summed once a step (`with_partial_gradients`).
 
 tp is not DTensor's `parallelize_module`. GPT-2's queries, keys and values are one matrix of which a rank needs three
 stretches of rows; a vocabulary of 50,257 is cut unevenly and then cut again by fsdp; one key head of Gemma's serves
@@ -35,7 +35,7 @@ from model import GPT, IGNORE_INDEX, KVCache
 COLUMN = ("q_proj", "k_proj", "v_proj", "c_attn", "gate_proj", "up_proj", "c_fc", "lm_head")  # cut by outputs
 ROW = ("o_proj", "c_proj", "down_proj")  # cut by inputs
 HEAD_NORMS = ("q_norm", "k_norm")  # one weight for all heads, of which every rank has some
-READERS = ("attn", "self_attn", "mlp", "lm_head")  # in which ranks compute different things, of what all have
+BRANCHES = ("attn", "self_attn", "mlp", "lm_head")  # in which ranks compute different things, of what all have
 PARTS = {"c_attn": 3}  # matrices that lie in one, each of which is cut
 
 
@@ -161,8 +161,10 @@ class Cut:
 
 def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
     """{parameter: its Cut}; those that are missing are the same on all ranks of a tp group."""
+    if tp == 1:
+        return {}
     found = {}
-    for path, layer in model.named_modules() if tp > 1 else ():
+    for path, layer in model.named_modules():
         name = path.split(".")[-1]
         parameters = {f"{path}.{key}": (key, p.dim()) for key, p in layer.named_parameters()}
         if layer is model.embedding:
@@ -178,7 +180,7 @@ def cuts(model: GPT, tp: int, rank: int) -> dict[str, Cut]:
     return found
 
 
-def partial(model: GPT, held: dict[str, Cut]) -> list[str]:
+def with_partial_gradients(model: GPT, held: dict[str, Cut]) -> list[str]:
     """The parameters of which all ranks of a tp group have the whole and each a part of the gradient: norms of queries
     and keys, keys and values with fewer heads than ranks, and the first matrix of an adapter that is cut by outputs."""
     layers = {path: layer for path, layer in model.named_modules() if path.split(".")[-1] in (*COLUMN, *HEAD_NORMS)}
@@ -196,7 +198,7 @@ def _share_layers(model: GPT, group: dist.ProcessGroup) -> None:
     tp, rank = group.size(), group.rank()
     for path, layer in list(model.named_modules()):
         name = path.split(".")[-1]
-        if name in READERS:
+        if name in BRANCHES:
             layer.register_forward_pre_hook(lambda _layer, given: (Split.apply(given[0], group), *given[1:]))
         if _serves_several(name, model, tp):
             layer.register_forward_hook(_own_head(model, group))
@@ -206,8 +208,9 @@ def _share_layers(model: GPT, group: dist.ProcessGroup) -> None:
         elif name in ROW:
             lora.change_class(layer, RowLinear)
             layer.group = group
-            for part in layer.lora.values() if isinstance(layer, lora.Adapted) else ():
-                part.__class__, part.group = RowAdapter, group
+            if isinstance(layer, lora.Adapted):
+                for part in layer.lora.values():
+                    part.__class__, part.group = RowAdapter, group
     model.__class__, model.group = GPTInShares, group
 
 

@@ -20,8 +20,8 @@ from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from distributed import Ranks
 from mesh import Mesh, mesh_problems
-from model import GPT, GPTConfig, on_meta
-from model_directory import LOG, METRICS, only_base_of, read_about
+from model import GPT, GPTConfig, count_parameters, on_meta
+from model_directory import only_base_of, read_about, strange_files
 from naming import ModelName, size_label
 from optimizer import start_branches_at_zero
 from registry.catalogue import find_spec
@@ -59,12 +59,12 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
             expected = CheckpointManager.base_reference(config.init_from, "")["sha256"]
         model = base_model(config, given, ranks.size > 1)
         tokenizer = CheckpointManager.find_tokenizer(config.init_from)
-    dataset = find_dataset(config.dataset, ranks, tokenizer)
+    dataset = find_dataset(config.dataset, tokenizer, ranks)
     architecture = model.config if model else config.model_config(_vocab_size(config, dataset))
     name = conventional_name(architecture, config)
     directory = files.expanded(config.out_dir or Path("models") / str(name))
     problems, notes = name_problems(directory, name, count_parameters(architecture))
-    if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_foreign(config.init_from):
+    if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_hugging_face(config.init_from):
         problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
     elif model is not None and tokenizer is None:
         notes.append(
@@ -81,7 +81,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         notes += adapt(model, config) if config.lora else []
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
-    trainable = lora.count_parameters(model) if config.lora else count_parameters(architecture)
+    trainable = lora.count_adapter_parameters(model) if config.lora else count_parameters(architecture)
     problems += (
         rank_problems(config, architecture, ranks)
         + occupied(directory)
@@ -119,7 +119,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
         config = replace(config, mesh_shape="")
     if config.max_iters < state["iter_num"] and "max_iters" in given:
         problems.append(f"max_iters={config.max_iters} is less than the {state['iter_num']:,} steps of {directory}")
-    dataset = find_dataset(config.dataset, ranks, CheckpointManager.find_tokenizer(directory))
+    dataset = find_dataset(config.dataset, CheckpointManager.find_tokenizer(directory), ranks)
     saved = state["dataset"]
     if saved["fingerprint"] != dataset.fingerprint:
         problems.append(
@@ -170,7 +170,7 @@ def _to_resume(config: RunConfig, ranks: Ranks) -> Path:
         return files.expanded(config.out_dir)
     if config.lora:
         raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
-    vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks))
+    vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks=ranks))
     return Path("models") / str(conventional_name(config.model_config(vocab_size), config))
 
 
@@ -250,13 +250,10 @@ def conventional_name(architecture: GPTConfig, config: RunConfig) -> ModelName:
     base, training = "base", "ft"
     with contextlib.suppress(ValueError):  # a base outside the convention
         parsed = ModelName.parse(Path(config.init_from).resolve().name)
-        base, training = parsed.dataset.split("-to-")[-1], "merged-ft" if parsed.training_type == "merged" else "ft"
+        base = parsed.dataset.split("-to-")[-1]
+        training = "merged-ft" if parsed.training_type == "merged" else "ft"
     training = "lora" if config.lora else training
     return ModelName(kind, size, dataset if base == dataset else f"{base}-to-{dataset}", training)
-
-
-def count_parameters(architecture: GPTConfig) -> int:
-    return on_meta(architecture).num_params()
 
 
 def name_problems(directory: Path, proposal: ModelName, count: int) -> tuple[list[str], list[str]]:
@@ -290,18 +287,12 @@ def occupied(directory: Path) -> list[str]:
             f"{directory} already holds a run, at iteration {about['iter_num']:,} with val loss "
             f"{about['best_val_loss']:.4f}: go on with --init_from=resume, choose another --out_dir, or remove it"
         ]
-    strange = foreign_files(directory)
+    strange = strange_files(directory)
     return (
         [f"{directory} holds {', '.join(strange[:3])}, not ours to write over: choose another --out_dir"]
         if strange
         else []
     )
-
-
-def foreign_files(directory: Path) -> list[str]:
-    """Files that are not ours to write over: all but what a run leaves that was stopped before its first save."""
-    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    return sorted(name for name in found if name not in (LOG, METRICS) and not name.endswith(files.NEW))
 
 
 def check_unchanged(start: Start) -> None:

@@ -1,10 +1,12 @@
 """Text from any model directory, as it is generated.
 
-python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
-python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
-python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
-python sample.py models/gpt-38M-scientific-pretrain --prompt "We prove" --prompt "In this paper we" --dtype int8
-echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
+    python sample.py models/gpt-38M-scientific-pretrain --prompt "In this paper we" --num_samples 3
+    python sample.py models/gpt-38M-tinystories-to-scientific-lora --base moved/gpt-38M-tinystories-pretrain
+    python sample.py models/gpt-38M-scientific-pretrain --prompt FILE:abstract.txt --temperature 0
+    python sample.py models/gpt-38M-scientific-pretrain --prompt "We prove" --prompt "In this paper we" --dtype int8
+    echo "In this paper we" | python sample.py models/gpt-38M-scientific-pretrain
+
+Texts go to stdout, with a line of dashes between two of them, and everything else to stderr.
 """
 
 import argparse
@@ -59,10 +61,11 @@ from tqdm import tqdm
 
 import lora
 import packed
-from checkpoint import TOKENIZER, CheckpointManager
+from checkpoint import CheckpointManager
 from device import DTYPES, pick_device
 from generation import check_sampling
 from model import GPT
+from model_directory import TOKENIZER
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
 
@@ -89,7 +92,7 @@ def sample(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     device = pick_device(arguments.device)
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
-    tokenizer = find_tokenizer(arguments.tokenizer, metadata)
+    tokenizer = tokenizer_for(arguments.tokenizer, metadata)
     prompts = [read_prompt(prompt) for prompt in arguments.prompt or [None]]
     lighten(model, arguments.dtype, tokenizer)
     generator = torch.Generator(device).manual_seed(arguments.seed)
@@ -179,7 +182,7 @@ def perplexity(model: GPT, text: Tensor) -> float:
         return model.eval()(text[:, :-1], text[:, 1:].contiguous(), only_loss=True)[1].exp().item()
 
 
-def find_tokenizer(path: str | None, metadata: dict) -> Tokenizer:
+def tokenizer_for(path: str | None, metadata: dict) -> Tokenizer:
     """The model directory's own tokenizer, checked against what the model was trained with; else the one given."""
     stored = CheckpointManager.find_tokenizer(metadata["directory"])
     if path is None and stored is None:

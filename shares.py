@@ -17,13 +17,14 @@ from torch.distributed.tensor import DTensor
 import adapters
 import files
 import lora
+import state_in_shares
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from distributed import Ranks
 from model import GPT, on_meta
 from model_directory import SHARDS
-from parallel import Cut, parallelize, partial
-from state_in_shares import Pieces, load, put_together, stage
+from parallel import Cut, parallelize, with_partial_gradients
+from state_in_shares import Pieces
 
 
 class Shares:
@@ -37,7 +38,7 @@ class Shares:
         self.fingerprint = adapters.fingerprint_of(model) if adapted and ranks.main else None
         compiled = config.compile == "true"
         self.held = parallelize(model, ranks, device, config.dtype, compiled=compiled, drawn=drawn)
-        self.partial = partial(model, self.held) if ranks.mesh.tp > 1 else []
+        self.with_partial_gradients = with_partial_gradients(model, self.held) if ranks.mesh.tp > 1 else []
         # What is saved of it, by parameter: an adapter alone, under the names of `lora.lora_state_dict`.
         self.saved = {name: name for name in self.shapes}
         if adapted:
@@ -61,7 +62,7 @@ class Shares:
         """Complete the gradients, scale them so that their norm is at most `largest`, and return what it was: that of
         the whole model, in which what several ranks hold counts once."""
         trained = {name: p.grad.to_local() for name, p in self.parameters().items() if p.grad is not None}
-        parts = [trained[name] for name in self.partial if name in trained]
+        parts = [trained[name] for name in self.with_partial_gradients if name in trained]
         if parts:
             total = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(total, group=self.ranks.group("tp"))
@@ -80,15 +81,16 @@ class Shares:
 
     def agree_on_overflow(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """float16's scaler skips a step whose gradients overflow: on all ranks, where they do on one."""
-        for found in scaler._found_inf_per_device(optimizer).values() if scaler.is_enabled() else ():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+        if scaler.is_enabled():
+            for found in scaler._found_inf_per_device(optimizer).values():
+                dist.all_reduce(found, dist.ReduceOp.MAX)
 
     # ---- state
 
     def stage(self, directory: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Write every process's share of weights and moments beside its place. On rank 0: {file: size and sha256}."""
         self.ranks.main_alone(lambda: files.recover(directory))
-        return stage(directory, {**self._weights(), **self._moments(optimizer)}, self.ranks.rank)
+        return state_in_shares.stage(directory, {**self._weights(), **self._moments(optimizer)}, self.ranks.rank)
 
     def restore(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], directory: Path) -> None:
         """Fill the optimizer's state, and the weights too where they lie in shards, whoever saved these."""
@@ -105,13 +107,13 @@ class Shares:
             raise ValueError(errors[0])
         if index:
             pieces = {**self._weights(), **self._moments(optimizer)}
-            load(pieces, index, lambda name: files.find(directory, name))
+            state_in_shares.load(pieces, index, lambda name: files.find(directory, name))
         else:
             for name, pieces in self._moments(optimizer).items():
                 _, i, key = name.split(".")
                 pieces.fill(state["optimizer"]["state"][int(i)][key])
 
-    def light(self, state: dict[str, Any]) -> dict[str, Any]:
+    def without_shards(self, state: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's state_dict without what is cut. Not collective."""
         kept = {
             i: {key: value for key, value in of.items() if not isinstance(value, DTensor)}
@@ -127,7 +129,8 @@ class Shares:
         if filled:
             index = json.loads(files.staged_name(directory / SHARDS).read_bytes())
             names = {f"model.{saved}": name for name, saved in self.saved.items()}
-            for saved, tensor in put_together(index, lambda name: files.staged_name(directory / name), names).items():
+            tensors = state_in_shares.put_together(index, lambda name: files.staged_name(directory / name), names)
+            for saved, tensor in tensors.items():
                 path, _, own = names[saved].rpartition(".")
                 setattr(model.get_submodule(path), own, nn.Parameter(tensor))
             model.tie_head()

@@ -20,8 +20,9 @@ from hub import weight_files
 from words import first_line
 
 # A safetensors header names its types in letters of its own.
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Stored:
     """A tensor of a file that is still to be read."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None for one that is none of TYPES
     read: Callable[[], Tensor]
 
 
@@ -47,12 +49,16 @@ def _from_safetensors(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
+    found = {}
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
-            return {name: Stored(tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in names}
+            for name in names:
+                header = file.get_slice(name)
+                found[name] = Stored(tuple(header.get_shape()), TYPES.get(header.get_dtype()), partial(read, name))
     except SafetensorError as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}") from None
+    return found
 
 
 def _from_bin(path: Path) -> dict[str, Stored]:
@@ -62,7 +68,7 @@ def _from_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path} does not load as tensors alone: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds something other than named tensors")
-    return {name: Stored(tuple(tensor.shape), partial(lambda tensor: tensor, tensor)) for name, tensor in state.items()}
+    return {name: Stored(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
 
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -75,7 +81,7 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str
     for name in names:
         start, end = end, end + tensors[name].nbytes
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": TYPE_NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the tensors
     file.write(len(text).to_bytes(8, "little") + text)

@@ -300,7 +300,7 @@ def _beside(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
     ends = [source.get("eos_token_id") for source in (generation, model)]
     ids = next((end if isinstance(end, list) else [end] for end in ends if end is not None), [])
     about["stops"] = [i for i in ids if i in names]
-    about |= {"eos_token": about["eos_token"] or next((names[i] for i in about["stops"]), None)}
+    about["eos_token"] = about["eos_token"] or next((names[i] for i in about["stops"]), None)
     template = path.with_name("chat_template.jinja")  # since 2025 a file of its own
     written = template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
     return {key: value for key, value in {**about, "chat_template": written}.items() if value}

@@ -43,7 +43,7 @@ from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
-from optimizer import build_optimizer, learning_rate, restore, set_rate
+from optimizer import build_optimizer, learning_rate, load_moments, set_rate
 from preflight import Start, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 from words import first_line
@@ -87,7 +87,7 @@ class Trainer:
         self.log = Logbook(self.directory, speak=ranks.main)
         path = self.dataset.tokenizer_path
         self.tokenizer = Tokenizer.load(path) if path else None
-        self.raw_model, self.parameters, self.shares = start.model, start.model.num_params(), None
+        self.raw_model, self.parameter_count, self.shares = start.model, start.model.num_params(), None
         if ranks.size > 1:
             from shares import Shares  # FSDP2 and DCP take half a second to import, which one process can do without
 
@@ -99,7 +99,7 @@ class Trainer:
                 lora.round_frozen(self.raw_model, torch.bfloat16)
         self.raw_model.recompute = config.activation_checkpointing
         self.block_size = config.block_size
-        self.micro_steps = config.micro_batches // ranks.readers
+        self.micro_steps = config.micro_batches // ranks.mesh.readers
         self.samples_per_step = config.batch_size * config.micro_batches
         self.sampler = BlockSampler(self.dataset.train, self.block_size, config.seed)
         # A run compares its evaluations, so it keeps their sequences when a resume changes batch_size.
@@ -109,9 +109,9 @@ class Trainer:
             for split, tokens in (("train", self.dataset.train), ("val", self.dataset.val))
         }
         self.optimizer = build_optimizer(self.raw_model, config)
-        self.dense = []  # weights whose gradients come in rows, to be added to a matrix that is there
+        self.with_kept_gradient = []  # their gradients come as rows, added to a matrix that is kept
         if device.type == "cpu" and ranks.size == 1 and config.compile == "false":
-            self.dense = self.raw_model.make_embedding_sparse()
+            self.with_kept_gradient = self.raw_model.make_embedding_sparse()
         self._drop_gradients()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0
@@ -165,7 +165,7 @@ class Trainer:
                     _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
                 self.scaler.scale(loss / self.micro_steps).backward()
                 total += loss.detach() / self.micro_steps
-        loss = self.ranks.sum(total).item() / self.ranks.size
+        loss = self.ranks.mean(total)
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         if self.shares:
@@ -187,9 +187,9 @@ class Trainer:
         return loss, rate, norm
 
     def _drop_gradients(self) -> None:
-        kept = [torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_() for weight in self.dense]
+        kept = [torch.zeros_like(w) if w.grad is None else w.grad.zero_() for w in self.with_kept_gradient]
         self.optimizer.zero_grad(set_to_none=True)
-        for weight, gradient in zip(self.dense, kept, strict=True):
+        for weight, gradient in zip(self.with_kept_gradient, kept, strict=True):
             weight.grad = gradient
 
     def evaluate(self, stop: StopSignal | None = None) -> dict[str, float] | None:
@@ -199,7 +199,7 @@ class Trainer:
         result = {}
         for split, batches in self.evaluation.items():
             total = 0.0
-            for first in range(0, len(batches), self.ranks.readers):
+            for first in range(0, len(batches), self.ranks.mesh.readers):
                 if stop is not None and self._agree_on_stop(stop)[0]:
                     self.raw_model.train()
                     return None
@@ -252,7 +252,7 @@ class Trainer:
         model, optimizer, fingerprint = self.raw_model, self.optimizer.state_dict(), None
         if self.shares:
             model, fingerprint = self.shares.consolidated(self.directory, filled=best), self.shares.fingerprint
-            optimizer = self.shares.light(optimizer)
+            optimizer = self.shares.without_shards(optimizer)
         metadata = {
             "config": asdict(self.config),
             "iter_num": self.iter_num,
@@ -278,14 +278,13 @@ class Trainer:
             "dataset": metadata["dataset"],
             "best": self.best,
         }
-        texts = {TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {}
         CheckpointManager.save_checkpoint(
             model,
             self.directory,
             metadata,
             best=best,
             training_state=state,
-            texts=texts,
+            texts={TOKENIZER: self.tokenizer.to_json().encode()} if self.tokenizer else {},
             shards=shards,
             fingerprint=fingerprint,
         )
@@ -297,7 +296,7 @@ class Trainer:
         if self.shares:
             self.shares.restore(self.optimizer, state, self.directory)
         else:
-            restore(self.optimizer, state["optimizer"])
+            load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # else the run had, or now has, another dtype
             self.scaler.load_state_dict(state["scaler"])
         self.iter_num, self.samples_seen = state["iter_num"], state["samples_seen"]
@@ -334,7 +333,7 @@ class Trainer:
             self.log.metric({**record, "tokens_per_second": round(speed, 1)})
 
     def _show_sample(self) -> None:
-        """A few lines of text from the model as it is, drawn from a generator of their own."""
+        """A line of text from the model as it is, with a generator of its own."""
         if not self.config.sample_tokens or self.tokenizer is None:
             return
         prompt = torch.full((1, 1), self.tokenizer.eot, device=self.device)
@@ -376,8 +375,8 @@ class Trainer:
 def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
     """The trainer for this machine, and what was chosen for it and why.
 
-    Numbers replace `auto` in the configuration, the same on every rank, and are saved with the run: a resume on a
-    machine that measures differently still computes the same.
+    What was chosen replaces `auto` in the configuration, the same on every rank, and is saved with the run: a resume
+    on a machine that measures differently still computes the same.
     """
     keep_freed_memory()
     device = pick_device(start.config.device, ranks.local)
@@ -401,12 +400,12 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
     tokens = trainer.samples_per_step * trainer.block_size
     synthetic = " (synthetic text)" if dataset.meta.get("synthetic") else ""
     base = f", adapters included; the base is {trainer.base['given']}" if trainer.base else ""
-    log.say(f"{trainer.directory}: {trainer.parameters:,} parameters, block_size {trainer.block_size}{base}")
+    log.say(f"{trainer.directory}: {trainer.parameter_count:,} parameters, block_size {trainer.block_size}{base}")
     log.say(
         f"data {dataset.name}{synthetic}: {len(dataset.train):,} training and {len(dataset.val):,} validation tokens"
     )
     epochs = config.max_iters * tokens / len(dataset.train)
-    readers = trainer.ranks.readers
+    readers = trainer.ranks.mesh.readers
     divided = f", divided among {readers} processes" if readers > 1 else ""
     log.say(
         f"{tokens:,} tokens a step, {config.micro_batches} micro-batches of {config.batch_size} sequences{divided}; "
@@ -454,7 +453,8 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
     start = prepare_start(config, given, ranks)
     pick_device(start.config.device, ranks.local)  # before anything is written
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal(ranks.main) as stop:
-        ranks.main_alone(lambda: (check_unchanged(start), files.recover(start.directory)))
+        ranks.main_alone(lambda: check_unchanged(start))
+        ranks.main_alone(lambda: files.recover(start.directory))
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)

@@ -1,4 +1,4 @@
-"""Parts of what is told: of error messages, tables and pictures."""
+"""What messages, tables and pictures are put together from."""
 
 import io
 import warnings

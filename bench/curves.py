@@ -17,6 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that this runs from anywhere
 
 import files
+import script
 from model_directory import LOG
 from words import as_png
 
@@ -74,15 +75,14 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=files.expanded, help="model directories")
     parser.add_argument("--out", type=files.expanded, help="file for the picture (PNG)")
     arguments = parser.parse_args()
-    try:
+
+    def work() -> None:
         runs = [read(directory) for directory in arguments.runs]
         print(*told(runs), sep="\n")
         if arguments.out:
             files.write_atomic(arguments.out, picture(runs))
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"curves.py: {error}", file=sys.stderr)
-        return 1
+
+    return script.run("curves.py", work)
 
 
 if __name__ == "__main__":

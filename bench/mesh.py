@@ -42,9 +42,8 @@ from distributed import Ranks
 from files import write_atomic
 from logbook import duration
 from mesh import AXES, Mesh, mesh_problems
-from model import GPT, GPTConfig, on_meta
-from parallel import cuts, partial
-from preflight import count_parameters
+from model import GPT, GPTConfig, count_parameters, on_meta
+from parallel import cuts, with_partial_gradients
 
 MB = 10**6
 SETTINGS = (*speed.SETTINGS, "gradient_accumulation_steps", "dtype")
@@ -111,11 +110,12 @@ def by_formula(config: RunConfig, architecture: GPTConfig, mesh: Mesh) -> dict[s
         numbers = -(-shape[0] // mesh.fsdp) * mesh.fsdp * int(np.prod(shape[1:], dtype=int))
         blocks += numbers * (id(parameter) in in_blocks)
         outside += numbers * (id(parameter) not in in_blocks)
-    micro, half = config.micro_batches // mesh.readers, 2 if config.dtype == "bfloat16" else 4
+    micro = config.micro_batches // mesh.readers
+    half = 2 if config.dtype == "bfloat16" else 4
     gradients, tokens = 4 * (blocks + outside), config.batch_size * config.block_size
     sent = {"dp": 2 * gradients / mesh.fsdp, "fsdp": micro * half * (2 * blocks + outside) + gradients}
     C, L = architecture.n_embd, architecture.n_layer
-    parts = sum(first_share(model.get_parameter(name), mesh.fsdp) for name in partial(model, held))
+    parts = sum(first_share(model.get_parameter(name), mesh.fsdp) for name in with_partial_gradients(model, held))
     sent["tp"] = 2 * micro * tokens * (L * 2 * C * (half + 4) + 2 * C * half + 3 * 4) + 2 * 4 * parts
     return {axis: sent[axis] * (n - 1) / n for axis in AXES if (n := getattr(mesh, axis)) > 1}
 
@@ -168,7 +168,9 @@ def launched(processes: int, work: Callable, *arguments) -> dict[int, Any]:
     """What `work` gives in each of so many processes of torchrun's."""
     with tempfile.TemporaryDirectory() as folder:
         launch = LaunchConfig(
-            *(1, 1, processes),
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             run_id="bench",

@@ -52,8 +52,7 @@ from configurator import PRESETS, RunConfig
 from files import write_atomic
 from logbook import duration
 from lora import LoRAConfig, apply_lora
-from model import GPT, GPTConfig, on_meta
-from preflight import count_parameters
+from model import GPT, GPTConfig, count_parameters, on_meta
 
 SETTINGS = ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size")
 # How far apart, relative to the value, two ways to compute the same may be: several times what was ever seen.

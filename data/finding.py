@@ -18,20 +18,24 @@ def dataset_directory(name: str) -> Path:
     return known if len(path.parts) == 1 and (known.is_dir() or not path.is_dir()) else path
 
 
-def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Dataset:
+def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None = None) -> Dataset:
     """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
 
     `tokenizer` is the tokenizer.json of the model that will read it, if there is one. Where the dataset holds tokens of
-    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned.
+    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned. `ranks`
+    are the processes that call this together, of which one writes.
     """
-    directory = dataset_directory(name)
-    script = directory / "prepare.py"
-    if ranks.main and script.is_file() and not (directory / "train.bin").exists():
-        print(f"{directory} has no token files yet; running {script.name} there", flush=True)
-        code = subprocess.run([sys.executable, str(script)], check=False).returncode
-        if code:
-            raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
-    ranks.agree(None)  # the others wait here
+    directory, ranks = dataset_directory(name), ranks or Ranks()
+
+    def prepare() -> None:
+        script = directory / "prepare.py"
+        if script.is_file() and not (directory / "train.bin").exists():
+            print(f"{directory} has no token files yet; running {script.name} there", flush=True)
+            code = subprocess.run([sys.executable, str(script)], check=False).returncode
+            if code:
+                raise ValueError(f"{script} ended with exit code {code}, so there is nothing to train on")
+
+    ranks.main_alone(prepare)
     if not directory.is_dir():
         names = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
         raise FileNotFoundError(f"there is no dataset {name}; data/ has {names}, and the path of a folder will do too")
@@ -39,9 +43,12 @@ def find_dataset(name: str, ranks: Ranks, tokenizer: Path | None = None) -> Data
     if wanted is None or dataset.tokenizer_fingerprint in (None, wanted.fingerprint):  # None: a nanoGPT folder
         return dataset
     target = retokenized_directory(dataset, wanted)
-    if ranks.main and open_retokenized(dataset, wanted) is None:
-        own = dataset.meta["tokenizer"]["name"]
-        print(f"{directory} holds tokens of {own}; writing it in those of {wanted.name} to {target}", flush=True)
-        retokenize(dataset, wanted)
-    ranks.agree(None)
+
+    def rewrite() -> None:
+        if open_retokenized(dataset, wanted) is None:
+            own = dataset.meta["tokenizer"]["name"]
+            print(f"{directory} holds tokens of {own}; writing it in those of {wanted.name} to {target}", flush=True)
+            retokenize(dataset, wanted)
+
+    ranks.main_alone(rewrite)
     return load_dataset(target)

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import files
+import script
 from data.format import FILES, SPLITS
 from data.sources import UNITS, HubDataset, Source, Unreachable, from_files, from_hub
 from data.tokens import write_dataset
-from script import forgive_stdout
 from tokenizer import Tokenizer, gpt2, train_bpe
 
 HUB_SECONDS = 2.5  # to wait for the hub; GPT-2's ranks, which may take five, are not asked for where it did not answer
@@ -25,7 +26,7 @@ HUB_OPTIONS = ("hub_dataset", "hub_config", "hub_split", "text_column")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is particular to one dataset. It is named as the folder that it is written to."""
+    """What is particular to one dataset. The dataset is named after the folder it is written to."""
 
     folder: Path
     about: str
@@ -35,34 +36,27 @@ class Recipe:
     val_fraction: float = 0.05
 
 
-def main(recipe: Recipe) -> None:
-    """Run a prepare.py. An error that a user can cause is one sentence and exit code 1; Ctrl-C exits with 130."""
-    forgive_stdout()
+def main(recipe: Recipe) -> NoReturn:
+    """Run a prepare.py, and end with its exit code."""
+    script.forgive_stdout()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unlike the default, this removes temporary files
-    try:
-        prepare(recipe, parse(recipe))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was changed", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(script.run("prepare.py", lambda: prepare(recipe, parse(recipe)), "nothing was changed"))
 
 
 def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namespace:
-    script, hub = f"python data/{recipe.folder.name}/prepare.py", recipe.hub
+    command, hub = f"python data/{recipe.folder.name}/prepare.py", recipe.hub
     offline = [recipe.offline[0]] if recipe.offline else []
     parser = argparse.ArgumentParser(
         description=recipe.about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""examples:
-  {script}
+  {command}
       with what can be had: this is what train.py runs when the dataset is missing
-  {script} --files papers/ 'more/*.jsonl.gz'
+  {command} --files papers/ 'more/*.jsonl.gz'
       with text of your own
-  {script} --source hub --num_samples 500000
+  {command} --source hub --num_samples 500000
       with as many documents as you like; they are streamed
-  {script} --tokenizer models/NAME/tokenizer.json
+  {command} --tokenizer models/NAME/tokenizer.json
       for going on with a model that exists""",
     )
     auto = f"auto: files if --files is given, else hub if it answers, else {offline[0] if offline else 'an error'}"
@@ -108,7 +102,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> None:
     documents = iter(source.documents)
     if not tokenizer:
         size = args.vocab_size or GPT2_VOCAB_SIZE
-        tokenizer, documents = train_tokenizer(documents, f"{name}-bpe", size, source.vocabulary())
+        tokenizer, documents = train_tokenizer(documents, f"{name}-bpe", size, source.vocabulary)
     meta = write_dataset(
         args.out_dir,
         documents,

@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ class Source:
     licence: str
     synthetic: bool = False
     total_bytes: int | None = None  # of text; an expectation, where there is one
-    vocabulary: Callable[[], Iterable[str]] = tuple  # further text to train a tokenizer on: what models of it may meet
+    vocabulary: Iterable[str] = ()  # further text to train a tokenizer on: what models of it may meet
 
 
 # ---- files
@@ -73,8 +73,8 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
 
 
 def find_files(patterns: list[str]) -> tuple[list[Path], set[Path]]:
-    """The files that `patterns` name, each once, in sorted order, and those among them that are of no kind we can read.
-    Raises for a pattern that names none we can."""
+    """The files that `patterns` name, each once, in sorted order, and those that are of no kind we can read. Raises for
+    a pattern that names none that can be read."""
     readable = " ".join(TEXT + RECORDS)
     found, others = {}, set()
     for pattern in patterns:

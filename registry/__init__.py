@@ -6,7 +6,7 @@
     load_model("xlmr").embed(["..."])                                         # a runner around one, for text
     python -m registry list | show NAME | parts NAME | compare A B | where NAME | memory NAME
 
-Four designs meet here, and some names meant two things. Each means one:
+This package speaks the interfaces of several tools, in which some names meant two things. Here each means one:
 
 - A *recipe* (`ModelSpec`, catalogue.py) says which model a name is and how it is loaded. `load_model` gives a runner
   for one; `list_available_models`, `get_spec`, `register_spec` and `unregister_spec` are about recipes.
@@ -29,16 +29,16 @@ PLACES = {  # {module: its names that are public here}
     "entries": ("ConflictError", "RegistryError", "UnknownModelError"),
     "loading": ("coerce_device", "resolve_dtype"),
     "names": (
-        *("PluginError", "describe_models", "get_model", "get_tokenizer", "list_models"),
-        *("register_model", "temporary_models", "unregister"),
+        "PluginError", "describe_models", "get_model", "get_tokenizer", "list_models",
+        "register_model", "temporary_models", "unregister",
     ),
     "parts": (
-        *("ModelDecomposer", "ModelFamily", "ModelRegistry", "PartSpec", "PartType"),
-        *("register_decomposer", "unregister_decomposer"),
+        "ModelDecomposer", "ModelFamily", "ModelRegistry", "PartSpec", "PartType",
+        "register_decomposer", "unregister_decomposer",
     ),
     "resolve": ("Candidate", "ModelNotFoundError", "Resolution", "find_model"),
     "runners": ("ModelOutputs", "load_model"),
-}
+}  # fmt: skip
 MODULES = {name: f"registry.{module}" for module, names in PLACES.items() for name in names}
 __all__ = sorted(MODULES)
 

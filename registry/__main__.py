@@ -9,7 +9,7 @@ from typing import Any
 
 import files
 import script
-from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS, RunConfig
+from configurator import LONGEST_UNASKED, PRECISIONS, PRESETS, RunConfig, precision
 from registry.specs import PartType
 
 EXAMPLES = """\
@@ -88,8 +88,9 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     )
     memory.add_argument(
         "--dtype",
-        choices=PRECISION_SPELLINGS,
-        default="bf16",
+        type=precision,
+        choices=PRECISIONS,
+        default="bfloat16",
         help="of matrix products; with --generate of the weights",
     )
     memory.add_argument(

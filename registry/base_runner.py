@@ -349,16 +349,16 @@ class BaseModelRunner(ABC):
         """
         if pooling not in (None, *sentences.POOLINGS):
             raise ValueError(f"pooling={pooling} is none of {', '.join(sentences.POOLINGS)}")
-        recipe = sentences.Recipe(pooling) if pooling else sentences.read_recipe(self.folder)
+        steps = sentences.Steps(pooling) if pooling else sentences.read_steps(self.folder)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        texts = [text.lower() for text in texts] if recipe.lower else texts
-        limits = [n for n in (recipe.max_length, self.max_length) if n]
+        texts = [text.lower() for text in texts] if steps.lower else texts
+        limits = [n for n in (steps.max_length, self.max_length) if n]
         options = {"max_length": min(limits)} if limits else {}
 
         def vectors(outputs: ModelOutputs) -> Tensor:
             states = outputs.encoder_hidden_states or outputs.decoder_hidden_states
-            x = sentences.pool(states[0], outputs.attention_mask, recipe.pooling)
-            for dense in recipe.dense:
+            x = sentences.pool(states[0], outputs.attention_mask, steps.pooling)
+            for dense in steps.dense:
                 x = dense(x)
             return (F.normalize(x, dim=1) if normalize else x).cpu()
 

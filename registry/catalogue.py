@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from configurator import PRECISION_SPELLINGS
-from naming import HUB_ID
+from hub import HUB_ID
 from registry.entries import BUILT_IN, ConflictError, Entries, Entry, UnknownModelError, caller
 
 MINI_LM = "MiniLM"  # a constructor's name (names.py), so spelled like this it is not the recipe minilm
-ALIASES = PRECISION_SPELLINGS | {"half": "float16", "f32": "float32", "float": "float32"}
+DTYPE_NAMES = PRECISION_SPELLINGS | {"half": "float16", "f32": "float32", "float": "float32"}
 ARCHITECTURES = ("encoder_only", "decoder_only", "seq2seq")
 
 
@@ -39,7 +39,7 @@ class ModelSpec:
             problems.append(f"hf_id={self.hf_id!r} must be NAME or OWNER/NAME")
         if self.arch not in (None, *ARCHITECTURES):
             problems.append(f"arch={self.arch!r} must be one of {', '.join(ARCHITECTURES)}")
-        known = ("auto", *ALIASES)
+        known = ("auto", *DTYPE_NAMES)
         if self.dtype is not None and str(self.dtype).lower().removeprefix("torch.") not in known:
             problems.append(f"dtype={self.dtype!r} must be one of {', '.join(known)}")
         if problems:

@@ -135,7 +135,7 @@ def text(value: Any) -> str:
 
 
 def compare(a: ModelSpec, b: ModelSpec) -> dict[str, Any]:
-    """The document's keys, each a list of two; `verdicts`, more of the same with whether they agree; and under
+    """model-garage's keys, each a list of two; `verdicts`, more of the same with whether they agree; and under
     `compatible_parts` lists of {type, name_a, name_b, swappable, reason}:
 
     - same_dim: counterparts with equal input and output sizes, whether or not their weights fit;
@@ -212,7 +212,7 @@ def likeness(part: PartSpec) -> str:
 
 
 def facts_of(spec: ModelSpec) -> dict[str, Any]:
-    """What two models can be compared in beyond the document's numbers; a list where layers differ."""
+    """What two models can be compared in beyond model-garage's numbers; a list where layers differ."""
     attention, ffn = spec.all_attention_parts(), spec.all_ffn_parts()
     norms = [part for part in spec.parts.values() if part.part_type is PartType.LAYER_NORM]
     heads = [part for part in spec.parts.values() if part.part_type is PartType.OUTPUT_HEAD]

@@ -121,6 +121,7 @@ LAYOUTS = (
     ),
     Layout(ModelFamily.LLAMA, ("llama",), LLAMA_ROWS, (("self_attn.q_proj", "mlp.gate_proj"),)),
 )
+
 # ---- decomposers
 
 
@@ -142,10 +143,10 @@ class ModelDecomposer(ABC):
 class FamilyDecomposer(ModelDecomposer):
     """The models that a row of LAYOUTS describes.
 
-    A GPT-2 of L layers has the 5 L + 4 parts of the document (64 for 12 layers). A Llama has its 5 L + 3 (embedding,
-    norm, output_head; attention_i, ffn_i, layer_i and two norms) and beside them what the document leaves out:
-    rotary_emb where that is a module (in Transformers' models, not in our GPT), q_norm_i and k_norm_i, Gemma's two
-    further norms, gate_i, and experts_i where they are packed in one module, else expert_i_e.
+    A GPT-2 of L layers has model-garage's 5 L + 4 parts (64 for 12 layers). A Llama has its 5 L + 3 (embedding, norm,
+    output_head; attention_i, ffn_i, layer_i and two norms) and beside them what model-garage leaves out: rotary_emb
+    where that is a module (in Transformers' models, not in our GPT), q_norm_i and k_norm_i, Gemma's two further norms,
+    gate_i, and experts_i where they are packed in one module, else expert_i_e.
     """
 
     def __init__(self, layout: Layout):

@@ -22,7 +22,7 @@ OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense", "o", "out_lin")
 DOWN = ("down_proj", "c_proj", "fc2", "w2", "dense_4h_to_h", "wo", "lin2", "linear2")
 GATED = ("gate_proj", "gate_up_proj", "w3", "wi_1")
 # What goes by several names has the one that families.py writes.
-ACTIVATIONS = {ours: theirs for theirs, ours in reversed(family_tables.ACTIVATIONS.items())}
+USUAL_NAMES = {ours: theirs for theirs, ours in reversed(family_tables.ACTIVATIONS.items())}
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -57,7 +57,7 @@ def configuration(model: nn.Module) -> dict[str, Any]:
 def _of_gpt(config: GPTConfig) -> dict[str, Any]:
     keys = {ours: theirs for theirs, ours in family_tables.GEMMA.items()}
     values = {keys[name]: value for name, value in vars(config).items() if name in keys}
-    values |= {"hidden_activation": ACTIVATIONS[config.activation], "scaled_embeddings": config.scaled_embeddings}
+    values |= {"hidden_activation": USUAL_NAMES[config.activation], "scaled_embeddings": config.scaled_embeddings}
     if config.block == "gpt2":
         return values
     local = [config.is_local(layer) for layer in range(config.n_layer)]
@@ -126,7 +126,7 @@ def rope_of(values: Mapping[str, Any], layer: int) -> dict[str, Any] | None:
 def activation_of(values: Mapping[str, Any]) -> str | None:
     keys = ("hidden_activation", "hidden_act", "activation_function", "activation", "dense_act_fn")
     name = first_of(values, *keys)
-    return ACTIVATIONS.get(family_tables.ACTIVATIONS.get(name), name) if isinstance(name, str) else None
+    return USUAL_NAMES.get(family_tables.ACTIVATIONS.get(name), name) if isinstance(name, str) else None
 
 
 # ---- what a module is
@@ -167,7 +167,8 @@ def _describe_attention(part: PartSpec, module: nn.Module, values: Mapping[str, 
     """Queries, keys and values have (H + 2 K) * D rows, together or apart, and what is behind reads H * D."""
     reads, writes = list(_called(module, QUERIES)), next(_called(module, OUTPUTS), None)
     query_norm = attribute(module, "q_norm") or attribute(module, "q_layernorm")
-    heads, info = heads_of(vars(module)) or heads_of(values), part.extra_info
+    heads = heads_of(vars(module)) or heads_of(values)
+    info = part.extra_info
     if reads and writes is not None and None not in (*features(writes), *features(reads[0])):
         width, rows = features(writes)[0], sum(features(layer)[1] for layer in reads)
         if heads is None and query_norm is not None:

@@ -59,7 +59,8 @@ class Heap:
             self.blocks[number] = None, size
         else:
             taken = size + SLIVER
-            self.blocks[number] = self._place(taken), size if self.dice.random() < self.pinned else taken
+            address = self._place(taken)
+            self.blocks[number] = address, (size if self.dice.random() < self.pinned else taken)
         self.peak = max(self.peak, self.highest + self.mapped)
 
     def release(self, address: int | None, size: int) -> None:

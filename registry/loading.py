@@ -22,7 +22,7 @@ import files
 from checkpoint import CheckpointManager
 from hub import read_json
 from model_directory import CONFIG, HF_WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, status
-from registry.catalogue import ALIASES, ARCHITECTURES
+from registry.catalogue import ARCHITECTURES, DTYPE_NAMES
 from registry.plain_tokenizer import PlainTokenizer
 from tensor_files import stored_tensors
 from words import first_line
@@ -55,10 +55,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     name = str(dtype).lower().removeprefix("torch.")
     if dtype is None or name == "auto":
         return None
-    if not isinstance(dtype, str) or ALIASES.get(name, name) not in devices.DTYPES:
-        known = ", ".join(["auto", *ALIASES])
+    if not isinstance(dtype, str) or DTYPE_NAMES.get(name, name) not in devices.DTYPES:
+        known = ", ".join(["auto", *DTYPE_NAMES])
         raise ValueError(f"dtype={dtype} is no precision of weights; there are {known}")
-    return devices.DTYPES[ALIASES.get(name, name)]
+    return devices.DTYPES[DTYPE_NAMES.get(name, name)]
 
 
 def coerce_device(device: str | int | torch.device | None) -> torch.device:
@@ -165,7 +165,8 @@ def load(
         raise FileNotFoundError(f"there is no folder {folder}")
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization={quantization} is none of {', '.join(QUANTIZATIONS)}")
-    options, arch, ours = _checked_options(load_config, attentions), read_arch(folder, arch), bool(status(folder))
+    options, arch = _checked_options(load_config, attentions), read_arch(folder, arch)
+    ours = bool(status(folder))
     if quantization or options:
         if ours and not (folder / HF_WEIGHTS).exists():
             asked = f"quantization={quantization}" if quantization else f"load_config with {', '.join(options)}"
@@ -224,7 +225,8 @@ def _load_through_transformers(
 
 def _classes(transformers: ModuleType, hf: Mapping[str, Any], arch: str, trust_remote_code: bool) -> list[type]:
     """The classes to open a model as, the best one first; the last one has no head."""
-    own, bare = hf.get("auto_map") if trust_remote_code else None, [transformers.AutoModel]
+    own = hf.get("auto_map") if trust_remote_code else None
+    bare = [transformers.AutoModel]
     if own:
         return [getattr(transformers, name) for name in (HEADED[arch], "AutoModel") if name in own] or bare
     named = _architecture(hf)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import loss
-from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, RunConfig
+from configurator import LONGEST_UNASKED, RunConfig, precision
 from device import DTYPES
 from lora import LoRAConfig
 from mesh import Mesh, mesh_problems
@@ -100,7 +100,7 @@ class Plan:
             raise ValueError("; ".join(problems))
 
     @property
-    def shared_in_half(self) -> bool:
+    def gathers_bfloat16(self) -> bool:
         """Whether processes gather their weights in bfloat16 (parallel.py), so that autocast has none to copy."""
         return self.mesh.devices > 1 and self.dtype == "bfloat16"
 
@@ -132,14 +132,12 @@ def estimate(
     """What a device needs to train `config`, all of it or an adapter, or to `generate` with it.
 
     `batch_size` sequences of `block_size` tokens are a micro-batch of all devices together, `mesh_shape` is
-    [[sizes], [names]] with the axes of mesh.py, and `dtype` one of PRECISION_SPELLINGS. Not `cuda`: a process on a CPU.
-    Raises ValueError for what cannot be.
+    [[sizes], [names]] with the axes of mesh.py, and `dtype` is spelled as configurator.precision takes it. Not `cuda`:
+    a process on a CPU. Raises ValueError for what cannot be.
     """
-    if dtype not in PRECISION_SPELLINGS:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(PRECISION_SPELLINGS)}")
     mesh = Mesh.parse(mesh_shape)
-    steps, recompute, dtype = gradient_accumulation_steps, activation_checkpointing, PRECISION_SPELLINGS[dtype]
-    plan = Plan(config, lora, block_size, dtype, mesh, steps, generate, cuda, recompute)
+    steps, recompute = gradient_accumulation_steps, activation_checkpointing
+    plan = Plan(config, lora, block_size, precision(dtype), mesh, steps, generate, cuda, recompute)
     return itemised(plan, plan.rehearse(share_of_batch(batch_size, mesh)))
 
 
@@ -154,7 +152,7 @@ def itemised(plan: Plan, rehearsal: Rehearsal, holes: float | None = None) -> Es
     mesh, whole, trained = plan.mesh, rehearsal.parameters, rehearsal.trainable
     # What several micro-batches leave is summed on each device before it is summed among them.
     shares = {OPTIMIZER: 1 / mesh.fsdp, GRADIENTS: 1 / mesh.fsdp if plan.gradient_accumulation_steps == 1 else 1}
-    found = rehearsal.peak(shares | ({COPIES: 0} if plan.shared_in_half else {}))
+    found = rehearsal.peak(shares | ({COPIES: 0} if plan.gathers_bfloat16 else {}))
     divided = f", / {mesh.fsdp}" if mesh.fsdp > 1 else ""
     waiting = divided if plan.gradient_accumulation_steps == 1 else ""
     kept = (
@@ -236,7 +234,7 @@ class Fitting:
         if self.steady:
             return itemised(self.plan, with_batch(*self.pair, sequences), self.holes).total
         first, second = (itemised(self.plan, rehearsal, self.holes).total for rehearsal in self.pair)
-        (a, b) = self.sizes
+        a, b = self.sizes
         return first + (second - first) * (sequences - a) // (b - a)
 
     def largest_batch(self, room: int) -> int:

@@ -1,4 +1,4 @@
-"""What `python -m registry memory` says: what is needed, where that fits, and a document's numbers beside ours."""
+"""What `python -m registry memory` says: what is needed, where that fits, and agent-tunix's numbers beside ours."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from configurator import LONGEST_UNASKED, PRECISION_SPELLINGS, PRESETS
+from configurator import LONGEST_UNASKED, PRESETS
 from lora import LoRAConfig
 from mesh import Mesh
 from model import GPT, GPTConfig, KVCache
@@ -69,8 +69,8 @@ def run_memory(arguments: Any) -> tuple[str, Any]:
     lora = LoRAConfig(arguments.lora_rank) if arguments.lora_rank is not None else None
     length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
     mesh = Mesh.parse(arguments.mesh_shape)
-    dtype, recompute = PRECISION_SPELLINGS[arguments.dtype], arguments.activation_checkpointing == "true"
-    steps = arguments.gradient_accumulation_steps
+    dtype, steps = arguments.dtype, arguments.gradient_accumulation_steps
+    recompute = arguments.activation_checkpointing == "true"
     plan = Plan(config, lora, length, dtype, mesh, steps, arguments.generate, activation_checkpointing=recompute)
     card = Fitting(plan, arguments.batch_size)
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
@@ -119,7 +119,7 @@ def _verdict_table(verdicts: list[dict[str, Any]]) -> str:
     return as_table(rows)
 
 
-# ---- what a document says
+# ---- agent-tunix's numbers
 
 # agent-tunix, docs/api/models: preset, LoRA rank, batch size, GB of video memory. It trains with GRPO (arXiv
 # 2402.03300) in JAX, on prompts of 256 tokens, four answers to each, of up to 512 tokens.

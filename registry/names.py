@@ -34,6 +34,7 @@ from registry.entries import BUILT_IN, Entries, Entry, RegistryError, UnknownMod
 from words import as_table
 
 GROUP = "nanoforge.models"
+
 # ---- constructors
 
 Constructor = Callable[[ModelConfig], nn.Module]

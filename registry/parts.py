@@ -7,8 +7,8 @@
     registry.swap("mine", "ffn_3", "theirs", "ffn_3")
 
 What was registered is kept as JSON in the cache folder, one file a model, so that the next process lists and compares
-it. Modules are kept in memory only. What is not there gives None, [] or {"error": ...}, as the document has it, or with
-strict=True a ValueError that says what there is instead.
+it. Modules are kept in memory only. What is not there gives None, [] or {"error": ...}, as in model-garage's registry,
+or with strict=True a ValueError that says what there is instead.
 """
 
 import json
@@ -60,7 +60,7 @@ __all__ = [
     "unregister_decomposer",
 ]
 ENVIRONMENT = "NANOFORGE_REGISTRY_DIR"
-NOT_REGISTERED = "One or both models not registered"  # the document's words
+NOT_REGISTERED = "One or both models not registered"  # model-garage's words
 
 
 def default_cache_dir() -> Path:

@@ -188,11 +188,11 @@ def rehearse_step(
         model.recompute = recompute
         if cuda:
             model._fused_loss = lambda x, targets: None  # a processor's way too
-        dense = [] if cuda else model.make_embedding_sparse()
+        with_kept_gradient = [] if cuda else model.make_embedding_sparse()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Ledger(model, batch_size * block_size) as ledger:
-            for weight in dense:
+            for weight in with_kept_gradient:
                 weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
@@ -203,13 +203,13 @@ def rehearse_step(
                             _, value = model(x, y, only_loss=True)
                         value.backward()
                 optimizer.step()
-                kept = [weight.grad for weight in dense]
+                kept = [weight.grad for weight in with_kept_gradient]
                 for parameter in trained:
                     ledger.label(parameter.grad, GRADIENTS)
                     for moment in ("exp_avg", "exp_avg_sq"):
                         ledger.label(optimizer.state[parameter][moment], OPTIMIZER)
                 optimizer.zero_grad(set_to_none=True)
-                for weight, gradient in zip(dense, kept, strict=True):
+                for weight, gradient in zip(with_kept_gradient, kept, strict=True):
                     weight.grad = gradient
         return _written(model, ledger, again)
 
@@ -219,11 +219,11 @@ def _own_loss() -> Iterator[None]:
     """loss.py keeps its buffer from step to step: a rehearsal's is to be new, and no real step is to find it. Which
     tokens are sure is a matter of numbers, which a rehearsal has none of."""
     loss.forget_buffer()
-    others, loss._others = loss._others, lambda logits, p: 1 - p
+    rest, loss._rest = loss._rest, lambda probabilities, p: 1 - p
     try:
         yield
     finally:
-        loss._others = others
+        loss._rest = rest
         loss.forget_buffer()
 
 

@@ -28,7 +28,6 @@ from typing import Any
 import files
 import hub
 import model_directory
-from naming import HUB_ID
 from registry import catalogue
 from words import as_table
 
@@ -128,12 +127,12 @@ def find_model(
     return Resolution(str(name), found, tuple(trace))
 
 
-def folder_of(name: str | Path, **options: Any) -> Path:
+def folder_of(name: str | Path) -> Path:
     """What a script's argument means: a path that is there, else what `find_model` has by this name.
 
     Where a path's last part alone is wrong, it stays: whoever opens it can say what lies beside.
     """
-    return files.expanded(name) if is_path(name) else find_model(name, **options).path
+    return files.expanded(name) if is_path(name) else find_model(name).path
 
 
 def is_path(name: str | Path) -> bool:
@@ -165,7 +164,7 @@ def _places(
     if local_path:
         yield _at_a_folder(Place("local_path", _folder(local_path), binding=True), revision)
         return
-    is_name = isinstance(name, str) and re.fullmatch(HUB_ID, name) is not None
+    is_name = isinstance(name, str) and re.fullmatch(hub.HUB_ID, name) is not None
     if spec is None:  # a folder that happens to be called as a model of the catalogue is not that model
         yield _at_a_folder(Place("a path", _folder(name), binding=not is_name), revision)
     if not is_name:

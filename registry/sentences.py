@@ -35,17 +35,17 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Steps:
     pooling: str = "mean"
     dense: tuple[Dense, ...] = ()
     max_length: int | None = None  # tokens
     lower: bool = False  # texts are lower-cased first
 
 
-def read_recipe(folder: Path) -> Recipe:
+def read_steps(folder: Path) -> Steps:
     """What a folder says, or the mean where it says nothing. Raises ValueError for steps that are not computed here."""
     if not (folder / MODULES).exists():
-        return Recipe()
+        return Steps()
     pooling, dense = "mean", []
     try:
         for step in json.loads((folder / MODULES).read_text(encoding="utf-8")):
@@ -59,7 +59,7 @@ def read_recipe(folder: Path) -> Recipe:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MODULES}: {error}; pooling={'|'.join(POOLINGS)} goes without it") from None
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    return Recipe(pooling, tuple(dense), settings.get("max_seq_length"), bool(settings.get("do_lower_case")))
+    return Steps(pooling, tuple(dense), settings.get("max_seq_length"), bool(settings.get("do_lower_case")))
 
 
 def _pooling(settings: dict[str, Any], path: Path) -> str:

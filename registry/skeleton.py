@@ -7,8 +7,9 @@ Weights in a .bin have no header, and are opened where a head must be looked for
 not.
 """
 
-import json
+import contextlib
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,9 @@ import hub
 from model import GPT, GPTConfig, on_meta
 from model_directory import CONFIG, MODEL_ARGS, TOKENIZER, WEIGHTS, status
 from registry import loading
-from tensor_files import DTYPES, Stored
+from tensor_files import Stored, stored_tensors
 from weights import build_model, read_checkpoint
 from words import first_line
-
-STORED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def skeleton(folder: str | Path) -> nn.Module:
@@ -67,51 +66,35 @@ def tokenizer_hash(folder: str | Path) -> str | None:
     return sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
-def headers(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]] | None:
-    """Shape and dtype of every tensor in a folder's safetensors, or None where they are not all there.
-
-    A file begins with the length of its header, 8 bytes, and the header, which is JSON; dtypes that no weights that
-    compute here have are None.
-    """
-    try:
-        paths = [path for path in hub.weight_files(folder) if path.suffix != ".json"]
-    except FileNotFoundError:
-        return None
-    if any(path.suffix != ".safetensors" for path in paths):
-        return None
-    found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                content = json.loads(file.read(min(length, path.stat().st_size)))
-            content.pop("__metadata__", None)
-            found |= {name: (tuple(t["shape"]), STORED_DTYPES.get(t["dtype"])) for name, t in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path} is no sound safetensors file: its header does not read") from None
-    return found
+def headers(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors, unread; none where they are not all there."""
+    with contextlib.suppress(FileNotFoundError):
+        if all(path.suffix in (".safetensors", ".json") for path in hub.weight_files(folder)):
+            return stored_tensors(folder)
+    return {}
 
 
-def _dtype(hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]] | None) -> torch.dtype:
+def _dtype(hf: dict[str, Any], stored: dict[str, Stored]) -> torch.dtype:
     """The precision of most tensors of the files, else what the configuration says, else float32."""
-    common = Counter(dtype for _, dtype in (stored or {}).values() if dtype in families.DTYPES).most_common(1)
+    common = Counter(t.dtype for t in stored.values() if t.dtype in families.LOADABLE).most_common(1)
     places = (hf, hf.get("text_config") or {})
     name = next((where[key] for where in places for key in ("dtype", "torch_dtype") if where.get(key)), None)
     said = getattr(torch, str(name), None)
-    return common[0][0] if common else said if said in families.DTYPES else torch.float32
+    return common[0][0] if common else said if said in families.LOADABLE else torch.float32
 
 
-def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> GPT:
+def _checked(folder: Path, hf: dict[str, Any], stored: dict[str, Stored]) -> GPT:
     """A GPT whose tensors have the names and shapes of a file's. Raises ValueError for a file that is another model's.
 
     It is loaded like any other, from tensors that are one zero each, stretched to their shape.
     """
     config = families.read_config(hf, folder / CONFIG)
 
-    def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
-        return torch.zeros((), dtype=dtype or torch.int8).expand(shape)
+    def emptied(tensor: Stored) -> Stored:
+        zero = torch.zeros((), dtype=tensor.dtype or torch.int8)
+        return replace(tensor, read=lambda: zero.expand(tensor.shape))
 
-    tensors = {name: Stored(shape, lambda s=shape, d=dtype: zeros(s, d)) for name, (shape, dtype) in stored.items()}
+    tensors = {name: emptied(tensor) for name, tensor in stored.items()}
     return families.load_state(config, families.family_of(hf, folder)[0], tensors, folder, device="meta")
 
 

@@ -316,8 +316,6 @@ def test_one_flipped_byte_anywhere_is_found_by_verify(tmp_path):
 
 
 def hash_problem(path: Path) -> list[str]:
-    import hashlib
-
     expected = files.read_marker(path.parent if path.parent.name != "last" else path.parent.parent)["files"]
     name = path.name if path.parent.name != "last" else f"last/{path.name}"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

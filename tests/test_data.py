@@ -676,15 +676,15 @@ def test_the_memory_for_other_tokens_does_not_grow_with_the_dataset(tmp_path, bp
 
 def test_a_run_reads_a_dataset_in_the_tokens_of_its_model(copied, other_bpe, tmp_path, capsys):
     other_bpe.save(tmp_path / "tokenizer.json")
-    own = find_dataset(str(copied), Ranks())
+    own = find_dataset(str(copied))
     assert own.directory == copied
-    assert find_dataset(str(copied), Ranks(), copied / "tokenizer.json").directory == copied
+    assert find_dataset(str(copied), copied / "tokenizer.json").directory == copied
     assert not capsys.readouterr().out
-    found = find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json")
+    found = find_dataset(str(copied), tmp_path / "tokenizer.json")
     assert (found.tokenizer_fingerprint, found.meta["derived_from"]) == (other_bpe.fingerprint, own.fingerprint)
     said = f"{copied} holds tokens of bpe-poems; writing it in those of bpe other to {found.directory}\n"
     assert capsys.readouterr().out == said
-    again = find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json")
+    again = find_dataset(str(copied), tmp_path / "tokenizer.json")
     assert (again.directory, capsys.readouterr().out) == (found.directory, "")
 
 
@@ -692,7 +692,7 @@ def test_a_nanogpt_folder_is_read_as_it_is(copied, other_bpe, tmp_path):
     other_bpe.save(tmp_path / "tokenizer.json")
     (copied / "meta.json").unlink()
     (copied / "tokenizer.json").unlink()
-    assert find_dataset(str(copied), Ranks(), tmp_path / "tokenizer.json").directory == copied
+    assert find_dataset(str(copied), tmp_path / "tokenizer.json").directory == copied
 
 
 def test_a_missing_dataset_is_prepared_with_its_own_tokenizer(written, other_bpe, tmp_path):
@@ -706,7 +706,7 @@ for name in {LABELS}:
     shutil.copy({str(written)!r} + "/" + name, {str(directory)!r})
 """
     )
-    found = find_dataset(str(directory), Ranks(), tmp_path / "tokenizer.json")
+    found = find_dataset(str(directory), tmp_path / "tokenizer.json")
     assert found.tokenizer_fingerprint == other_bpe.fingerprint
     assert load_dataset(directory).fingerprint == load_dataset(written).fingerprint
 
@@ -724,7 +724,7 @@ def test_only_the_main_process_writes_other_tokens(copied, other_bpe, tmp_path, 
                 assert {path.name for path in copied.iterdir()} == set(LABELS)
                 retokenize(load_dataset(copied), other_bpe)
 
-    found = find_dataset(str(copied), Waiting(), tmp_path / "tokenizer.json")
+    found = find_dataset(str(copied), tmp_path / "tokenizer.json", Waiting())
     assert found.tokenizer_fingerprint == other_bpe.fingerprint
     assert not capsys.readouterr().out
 
@@ -1128,7 +1128,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(case, papers, written, tmp
     )
     with pytest.raises(SystemExit) as stop:
         preparation.main(recipe)
-    assert stop.value.code == 1 and re.search(f"^error: .*{sentence}", capsys.readouterr().err)
+    assert stop.value.code == 1 and re.search(f"^prepare.py: .*{sentence}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -1170,7 +1170,7 @@ def test_a_stream_that_trains_a_tokenizer_is_still_whole(monkeypatch):
 
 
 def test_a_tokenizer_is_trained_on_the_further_vocabulary_of_its_source_too(tmp_path):
-    told = Source(texts(), "tales", "none", vocabulary=lambda: ["stable eigenvalues "] * 200)
+    told = Source(texts(), "tales", "none", vocabulary=["stable eigenvalues "] * 200)
     hub = HubDataset("a/b", "text", "none", 5)
     recipe = preparation.Recipe(ROOT / "data" / "tinystories", "", hub, offline=("tales", lambda: told))
     options = ["--source", "tales", "--vocab_size", "300", "--out_dir", str(tmp_path)]
@@ -1184,7 +1184,7 @@ def test_a_tokenizer_is_trained_on_the_further_vocabulary_of_its_source_too(tmp_
 def test_the_stand_ins_vocabulary_is_the_docstrings():
     source = TINYSTORIES.offline[1]()
     assert not any("eigenvalues" in text for text in source.documents)
-    assert any("eigenvalues" in text for text in source.vocabulary())
+    assert any("eigenvalues" in text for text in source.vocabulary)
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ import preflight
 import train
 from adapters import load_adapters
 from checkpoint import CheckpointManager
+from data.batches import fixed_batches, sequences
+from data.finding import find_dataset
 from data.tokens import load_dataset, write_dataset
 from distributed import Ranks
 from model import GPT, GPTConfig
@@ -576,13 +578,8 @@ def test_what_merging_cost_is_in_the_marker_for_every_dtype(base, adapted, tmp_p
     assert costs["float32"]["largest_logit_difference"] < 1e-4
     assert costs["float32"]["rounding_loss"] < costs["float16"]["rounding_loss"] < costs["bfloat16"]["rounding_loss"]
     exact = CheckpointManager.load_model(adapted)[0]
-    data = load_dataset(
-        merge_lora.find_dataset(
-            json.loads((adapted / "config.json").read_text())["dataset"], Ranks(), adapted / "tokenizer.json"
-        ).directory
-    )
-    starts = merge_lora.fixed_batches(data.val, 32, 4, 4)[0]
-    x, y = merge_lora.sequences(data.val, starts, 32)
+    data = find_dataset(json.loads((adapted / "config.json").read_text())["dataset"], adapted / "tokenizer.json")
+    x, y = sequences(data.val, fixed_batches(data.val, 32, 4, 4)[0], 32)
     with torch.no_grad():
         assert costs["bfloat16"]["loss_before"] == pytest.approx(exact.eval()(x, y)[1].item(), abs=1e-5)
 

@@ -15,7 +15,6 @@ import loss
 from bench import memory as bench
 from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
-from mesh import Mesh
 from model import GPT, GPTConfig
 from parallel import cuts
 from registry import heap, memory_report
@@ -410,7 +409,3 @@ def test_the_documents_table_is_reproduced_beside_what_is_counted(capsys):
     for row in rows:
         assert row["step"] < row["step_of_answers"] < row["sum"]
         assert row["sum"] == row["step_of_answers"] + row["reference"] + row["cache"]
-
-
-def test_a_mesh_knows_its_devices():
-    assert Mesh.parse(None).devices == 1 and Mesh.parse("[[2, 4], ['fsdp', 'tp']]").devices == 8

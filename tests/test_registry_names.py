@@ -882,11 +882,11 @@ def test_importing_the_registry_needs_and_imports_no_optional_package(how, machi
     assert result.stdout.count("the package huggingface_hub is not installed") == (4 if how == "missing" else 0)
 
 
-def test_every_public_name_is_exported_and_there():
-    for name in registry.__all__:
-        assert getattr(registry, name) is not None
-    assert sorted(registry.__all__) == registry.__all__
-    assert names.GROUP == "nanoforge.models"
+def test_every_public_name_is_there_when_asked_for():
+    assert all(getattr(registry, name).__name__ == name for name in registry.__all__)
+    assert set(registry.__all__) <= set(dir(registry))
+    with pytest.raises(AttributeError, match="no attribute 'get_modle'"):
+        _ = registry.get_modle
 
 
 def test_reading_half_of_the_output_is_no_error():

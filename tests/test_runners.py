@@ -675,7 +675,7 @@ def test_after_the_with_block_the_model_is_gone_and_says_so(models_of):
 # ---- sentence embeddings
 
 
-def write_recipe(folder: Path, pooling: str, dense=None, length: int | None = None, **settings) -> None:
+def write_steps(folder: Path, pooling: str, dense=None, length: int | None = None, **settings) -> None:
     steps = ["Transformer", "Pooling", *(["Dense"] if dense else []), "Normalize"]
     paths = {"Transformer": "", **{kind: f"{i}_{kind}" for i, kind in enumerate(steps) if i}}
     types = [
@@ -727,21 +727,21 @@ def test_embeddings_are_pooled_over_what_is_no_padding_and_have_length_one(model
 def test_embeddings_of_an_encoder_follow_the_files_of_sentence_transformers(models_of, tmp_path):
     reference, _ = models_of("headless bert")
     folder = write(tmp_path, reference)
-    write_recipe(folder, "cls_token", length=4)
+    write_steps(folder, "cls_token", length=4)
     states = last_states(reference, folder, TEXTS, length=4)
     close(load_model(folder).embed(TEXTS), F.normalize(torch.stack([x[0] for x in states]), dim=1))
-    write_recipe(folder, "mean_tokens", length=4)
+    write_steps(folder, "mean_tokens", length=4)
     close(load_model(folder).embed(TEXTS), F.normalize(torch.stack([x.mean(0) for x in states]), dim=1))
     torch.manual_seed(1)
     weight, bias = torch.randn(5, 24), torch.randn(5)
-    write_recipe(folder, "cls_token", dense=(weight, bias), length=4)  # as LaBSE's
+    write_steps(folder, "cls_token", dense=(weight, bias), length=4)  # as LaBSE's
     expected = torch.tanh(torch.stack([x[0] for x in states]) @ weight.t() + bias)
     close(load_model(folder).embed(TEXTS, normalize=False), expected)
     assert load_model(folder).embed(TEXTS, "cls").shape == (3, 24)  # said by the caller: the plain states
     assert load_model(folder).embed([]).shape == (0, 5)
-    write_recipe(folder, "mean_tokens", length=9, do_lower_case=True)
+    write_steps(folder, "mean_tokens", length=9, do_lower_case=True)
     close(load_model(folder).embed("THE River"), load_model(folder).embed("the river"))
-    write_recipe(folder, "max_tokens")
+    write_steps(folder, "max_tokens")
     with pytest.raises(ValueError, match="pools by max_tokens, which is not computed here; pooling=mean"):
         load_model(folder).embed(TEXTS)
 

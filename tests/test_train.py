@@ -25,7 +25,7 @@ from checkpoint import CheckpointManager
 from data.batches import BlockSampler, fixed_batches
 from data.tokens import load_dataset
 from distributed import Ranks
-from optimizer import build_optimizer
+from optimizer import build_optimizer, learning_rate
 from preflight import check_unchanged, disk_problems, prepare_start
 
 CPU = torch.device("cpu")
@@ -224,7 +224,6 @@ def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
     assert process.returncode == 143
     assert CheckpointManager.verify(tmp_path / "a") == []
 
-    run = trainer(dataset, tmp_path / "b", "max_iters=5")
     pid = os.fork()
     if pid == 0:
         with train.StopSignal():
@@ -233,7 +232,6 @@ def test_sigterm_stops_with_143_and_a_second_signal_at_once(dataset, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
-    assert run.iter_num == 0
 
 
 # ---- what is saved
@@ -435,12 +433,12 @@ def test_evaluation_batches_are_fixed_spread_and_do_not_overlap():
 
 def test_the_schedules_warm_up_decay_and_end_where_they_say():
     config = configurator.RunConfig(max_iters=100, warmup_iters=10, learning_rate=1.0)
-    rates = [train.learning_rate(step, config) for step in range(120)]
+    rates = [learning_rate(step, config) for step in range(120)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55) and rates[100] == rates[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
     wsd = replace(config, schedule="wsd", cooldown_iters=20, min_lr=0.0)
-    rates = [train.learning_rate(step, wsd) for step in range(101)]
+    rates = [learning_rate(step, wsd) for step in range(101)]
     assert set(rates[10:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[100] == 0.0
 
 

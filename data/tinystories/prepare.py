@@ -35,7 +35,7 @@ RECIPE = Recipe(
             description="SYNTHETIC stories from data/tinystories/grammar.py, a stand-in for TinyStories",
             licence="that of this repository",
             synthetic=True,
-            vocabulary=lambda: from_docstrings().documents,
+            vocabulary=from_docstrings().documents,
         ),
     ),
 )
