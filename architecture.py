@@ -11,6 +11,12 @@ ROPE_TYPES = {  # kinds of scaling, and the numbers that each needs
     "yarn": ("factor", ORIGINAL),
     "longrope": ("short_factor", "long_factor", ORIGINAL),
 }
+ROPE_OPTIONS = {  # and those that it may have, of which `truncate` is true or false
+    "linear": (),
+    "llama3": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
+    "longrope": ("attention_factor",),
+}
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")  # of the MLP; model.py has the functions
 
 
@@ -102,10 +108,13 @@ class GPTConfig:
             return [f"rope_scaling={scaling} must have a rope_type of {', '.join(ROPE_TYPES)}"]
         problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
         lists = [key for key in ("short_factor", "long_factor") if scaling.get(key)]
-        for key in (*ROPE_TYPES[kind], "attention_factor", "beta_fast", "beta_slow"):
-            value = scaling.get(key)
+        for key, value in scaling.items():
             numbers = value if key in lists and isinstance(value, list | tuple) else [value]
-            if value is not None and not all(type(number) in (int, float) and number > 0 for number in numbers):
+            if key in ("rope_type", "truncate") or value is None:
+                continue
+            if key not in ROPE_TYPES[kind] + ROPE_OPTIONS[kind]:
+                problems.append(f"rope_scaling of type {kind} has no {key}")
+            elif not all(type(number) in (int, float) and number > 0 for number in numbers):
                 problems.append(
                     f"rope_scaling's {key}={value!r} must be {'numbers' if key in lists else 'a number'} above 0"
                 )

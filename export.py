@@ -135,6 +135,8 @@ def layout_of(config: GPTConfig) -> Layout:
         foreign.append(f"rope_scaling={scaling}")
     if config.block == "llama" and (config.activation != "silu" or config.bias):
         foreign.append(f"activation={config.activation}, bias={config.bias}")
+    if config.block == "gpt2" and config.activation == "silu":
+        foreign.append(f"activation={config.activation}")
     if name == "qwen2" and config.n_head * config.D != config.n_embd:
         foreign.append(f"{config.n_head} heads of {config.D} in a width of {config.n_embd}")
     if foreign:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from architecture import ORIGINAL, ROPE_TYPES
+from architecture import ORIGINAL, ROPE_OPTIONS, ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,6 @@ NEUTRAL = {  # in any family: who made a file and how, how a training starts, wh
 }  # fmt: skip
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}  # there: here
 ACTIVATIONS |= {"gelu_new": "gelu_tanh", "swish": "silu"}  # read, not written
-ROPES = {"default": (), **ROPE_TYPES}  # the numbers of each kind of scaling; their names there and here are the same
-ROPES["yarn"] += ("attention_factor", "beta_fast", "beta_slow", "truncate")
-ROPES["longrope"] += ("attention_factor",)
+ROPES = {"default": ()}  # the numbers of each kind of scaling; their names there and here are the same
+ROPES |= {kind: needed + ROPE_OPTIONS[kind] for kind, needed in ROPE_TYPES.items()}
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)

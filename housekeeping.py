@@ -164,8 +164,8 @@ def _kept_though_torn(directory: Path) -> str:
 
 def _strange(directory: Path, marker: dict[str, Any] | None) -> str | None:
     """The name of a file in a model directory that no run has written, nor a system that looks into folders."""
-    known = OF_A_RUN | files.listed(marker).keys() | LITTER
-    names = sorted(path.relative_to(directory).as_posix() for path in contents(directory))
+    known = OF_A_RUN | files.listed(marker).keys()
+    names = sorted(path.relative_to(directory).as_posix() for path in contents(directory) if path.name not in LITTER)
     foreign = (name for name in names if not (name in known or re.fullmatch(A_SHARD, name) or name.endswith(files.NEW)))
     return next(foreign, None)
 

@@ -175,8 +175,9 @@ def add_adapter(
     model: nn.Module, adapter: str, config: LoRAConfig, *, dtype: torch.dtype | None = None, untie: bool = False
 ) -> LoRAReport:
     """As `apply_lora`, beside the adapters that are there, on their layers or others. `set_active` turns to it."""
-    parts = {}
-    for path, (rank, alpha) in plan_of(model, config).items():
+    plan, parts = plan_of(model, config), {}
+    _check_room(model, adapter, plan, untie)  # before a number is drawn
+    for path, (rank, alpha) in plan.items():
         layer = model.get_submodule(path)
         weight, (n_in, n_out) = layer.weight, features(layer)
         # Drawn in the default dtype and then cast, so that a seed gives the same numbers in every dtype.

@@ -16,9 +16,12 @@ GEMMA_NAMES = {  # parts of a module's path here and in Transformers, and in Gem
     "o_proj": "attn_vec_einsum",
 }
 
-# In a regular expression, `attn` where a part of a path begins, which is what Gemma's code calls self_attn. Behind a
-# wildcard it may be the end of self_attn itself.
-WHOLE_ATTN = r"(^|[./]|\\b|\[[./\\]+\])(\((\?:)?(\w+\|)*)?attn\b"
+# In a regular expression, `attn` where a part of a path begins, which is what Gemma's code calls self_attn: behind what
+# ends the part before, and any openings of groups, lookaheads too, with the alternatives that precede it there. Behind
+# a wildcard it may be the end of self_attn itself.
+_SOME = r"([^()]|\([^()]*\))*"
+_BEHIND_A_PART = rf"(^({_SOME}\|)?|[./](\)\??)?|\\b|\[[./\\]+\])"
+WHOLE_ATTN = rf"{_BEHIND_A_PART}(\((\?([:=!]|P<\w+>))?({_SOME}\|)?)*attn\b"
 
 # These compute with the weights of their children and never call them: an adapter on such a child would do nothing.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

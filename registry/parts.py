@@ -43,7 +43,7 @@ from registry.describe import oriented
 from registry.names import get_model
 from registry.resolve import ModelNotFoundError, find_model
 from registry.skeleton import fingerprint, skeleton, tokenizer_hash
-from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType, from_json, older_folder, to_json
+from registry.specs import ModelFamily, ModelSpec, PartSpec, PartType, from_json, to_json
 from words import as_table
 
 __all__ = [
@@ -228,19 +228,14 @@ class ModelRegistry:
         files.write_atomic(self._path(spec.model_id), content.encode())
 
     def _read(self, path: Path, model_id: str | None = None) -> ModelSpec | None:
-        """The spec in a file of the cache, None for a file that is missing or ignored. What an older version of this
-        code has described is described again, if it is still there."""
+        """The spec in a file of the cache, None for a file that is missing or ignored."""
         self.ignored.pop(path, None)
-        if not path.exists():
-            return None
         try:
-            content = json.loads(path.read_bytes())
-            if (folder := older_folder(content)) and Path(folder).is_dir():
-                self._save(describe_folder(folder, content["model_id"]))
-                content = json.loads(path.read_bytes())
-            spec = from_json(content)
+            spec = from_json(json.loads(path.read_bytes()))
             if self._path(spec.model_id) != path:
                 raise ValueError(f"it is of {spec.model_id}, whose file is {self._path(spec.model_id).name}")
+        except FileNotFoundError:
+            return None
         except (ValueError, OSError) as error:
             self.ignored[path] = str(error)
             return None

@@ -59,7 +59,8 @@ class Order:
 class EncoderModelRunner(BaseModelRunner):
     """BERT and its relatives. extra: pooler_output where the checkpoint has a pooler and no head; attentions.
 
-    Padding may be on either side; a token of the text that is masked keeps its position.
+    Padding may be on either side, on the left as the tokenizer's own pad token; another token that is masked is one of
+    the text and keeps its position.
     """
 
     arch = ENCODER

@@ -103,15 +103,8 @@ def to_json(spec: ModelSpec) -> dict[str, Any]:
     return content
 
 
-def older_folder(content: Any) -> str | None:
-    """Where the model lies that a parsed JSON file of an older version is of, if it was read from a folder."""
-    older = isinstance(content, dict) and content.get("version") in range(1, VERSION)
-    return content.get("directory") if older and isinstance(content.get("model_id"), str) else None
-
-
 def from_json(content: Any) -> ModelSpec:
-    """The spec of a parsed JSON file. Raises ValueError for what is none, or is of another version (parts.py describes
-    anew what such a file names)."""
+    """The spec of a parsed JSON file. Raises ValueError for what is none, or is of another version."""
     if not isinstance(content, dict) or not isinstance(content.get("version"), int):
         raise ValueError("it is no spec of a model")
     if content["version"] != VERSION:

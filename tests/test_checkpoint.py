@@ -789,7 +789,9 @@ def test_a_deployment_that_was_killed_is_no_model(tmp_path):
 def test_prune_knows_what_a_run_has_listed_and_what_systems_leave_and_asks_nothing_of_what_goes_too(tmp_path):
     old, metadata = tmp_path / "gpt-6K-x-pretrain", {"config": {}, "iter_num": 1, "best_val_loss": 2.5}
     CheckpointManager.save_checkpoint(model(), old, metadata, texts={"LICENSE.txt": b"MIT"})
-    (old / ".DS_Store").write_bytes(b"Bud1")
+    for name in (".DS_Store", "last/.DS_Store"):
+        (old / name).parent.mkdir(exist_ok=True)
+        (old / name).write_bytes(b"Bud1")
     save(tmp_path / "gpt-6K-x-pretrain-v2", seed=1)
     torn = tmp_path / "other"
     torn.mkdir()

@@ -147,6 +147,7 @@ def test_an_adapter_is_merged_on_the_way(dataset, tmp_path):
         ({**LLAMA, "activation": "gelu_tanh"}, "activation=gelu_tanh"),
         ({**LLAMA, "sliding_window": 8}, "sliding_window"),
         ({**LLAMA, "qkv_bias": True, "head_size": 16}, "4 heads of 16 in a width of 32"),
+        ({"activation": "silu"}, "activation=silu"),
     ],
 )
 def test_what_the_format_does_not_hold_is_refused_and_nothing_is_written(changes, words, dataset, tmp_path, script):

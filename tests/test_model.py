@@ -239,6 +239,10 @@ def test_generation_leaves_the_mode_and_the_global_generator_alone():
         ({"n_layer": 0, "vocab_size": -1}, "n_layer=0 must be at least 1"),
         ({"block": "llama", "attention_softcap": 0.0}, "attention_softcap=0.0 must be above 0"),
         ({"block": "llama", "rope_theta": math.nan}, "rope_theta=nan must be above 0"),
+        (
+            {"block": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.5}},
+            "rope_scaling of type linear has no attention_factor",
+        ),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
 )
