@@ -237,14 +237,7 @@ class CheckpointManager:
         lies in shards there are none; `shards_of` gives these.
         """
         directory, _ = locate(path)
-
-        def read(marker: dict[str, Any] | None) -> dict[str, Any]:
-            state = _load(directory, STATE, device, mapped=in_shares)
-            if not in_shares and SHARDS in files.listed(marker):
-                _put_together(directory, state, device)
-            return state
-
-        return files.of_one_save(directory, read)[0]
+        return files.of_one_save(directory, lambda marker: _load_state(directory, marker, device, in_shares))[0]
 
     @staticmethod
     def shards_of(directory: Path, part: int = 0, parts: int = 1) -> dict[str, Any] | None:
@@ -406,13 +399,18 @@ def _load_weights(
 ) -> tuple[GPT, dict[str, Any]]:
     """The model, and what is saved with it."""
     if is_lora(marker):
-        return _load_adapted(directory, marker, base, device, mapped)
+        model, said = _load_adapted(directory, marker, base, device, mapped)
+        if name == STATE:
+            state = _load_state(directory, marker, device)
+            lora.load_lora_state_dict(model, state["model"])
+            said |= {key: state[key] for key in ("iter_num", "best_val_loss")}
+        return model, said
     if name in HF_FILES:
         ours = name in files.listed(marker)
         with files.open_verified(directory, name) if ours else contextlib.nullcontext():
             model = families.load_pretrained(directory, device=device, mapped=mapped, name=name)
         return model, {"model_args": model_args(model.config)}
-    checkpoint = _load(directory, name, device, mapped)
+    checkpoint = _load_state(directory, marker, device) if name == STATE else _load(directory, name, device, mapped)
     return build_model(checkpoint, directory / name), checkpoint
 
 
@@ -436,6 +434,16 @@ def _superseded(directory: Path, shards: dict[str, Any] | None) -> list[str]:
     """The files of an earlier training state that a new one has no place for: it had other processes."""
     there = {path.relative_to(directory).as_posix() for path in (directory / STATE).parent.glob("shard*")}
     return sorted(there - (shards or {}).keys())
+
+
+def _load_state(
+    directory: Path, marker: dict[str, Any] | None, device: str | torch.device, in_shares: bool = False
+) -> dict[str, Any]:
+    """The training state, put together from its shards unless `in_shares`."""
+    state = _load(directory, STATE, device, mapped=in_shares)
+    if not in_shares and SHARDS in files.listed(marker):
+        _put_together(directory, state, device)
+    return state
 
 
 def _put_together(directory: Path, state: dict[str, Any], device: str | torch.device) -> None:

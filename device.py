@@ -87,11 +87,6 @@ def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:
     return True, "as asked" if setting == "true" else "it works on this GPU"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    plain = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # on a processor
-    return plain or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 

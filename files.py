@@ -93,7 +93,7 @@ def stage(path: Path, content: Content) -> dict[str, Any]:
 
 def save_error(path: Path, error: OSError) -> SaveError:
     reason = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in DISK_FULL:
+    if error.errno is None or error.errno in DISK_FULL:  # numpy says in words alone how much it could not write
         with contextlib.suppress(OSError):
             reason += f" ({shutil.disk_usage(path.parent).free / 1e6:,.0f} MB free)"
     return SaveError(f"cannot write {path}: {reason}; what was saved before is intact")

@@ -4,6 +4,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from words import first_line
+
 
 def begin() -> None:
     """Call it before the slow imports: Ctrl-C ends the program without a traceback, and see `forgive_stdout`."""
@@ -32,7 +34,19 @@ def run(name: str, work: Callable[[], int | None], interrupted: str = "") -> int
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: there is not enough memory ({first_line(error)})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if interrupted:
             print(f"{name}: interrupted; {interrupted}", file=sys.stderr)
         return 130
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is what Python or PyTorch, of which nothing is imported here, raises for want of memory."""
+    words = str(error).lower()
+    plain = isinstance(error, RuntimeError) and ("can't allocate memory" in words or "cannot allocate memory" in words)
+    return plain or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -37,7 +37,7 @@ import lora
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
-from device import autocast, is_out_of_memory, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
 from distributed import Ranks, is_lost_contact, leave
 from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
@@ -474,7 +474,7 @@ def main(config: RunConfig, given: dict[str, str]) -> int:
         return 1
     except Exception as error:
         if ranks is None or ranks.size == 1:
-            if not is_out_of_memory(error):
+            if not script.is_out_of_memory(error):
                 raise
             print(
                 f"train.py: there is not enough memory ({first_line(error)}); what was saved before is intact. A "

@@ -15,10 +15,12 @@ import torch
 from conftest import kill_at_random_moments
 from safetensors.torch import load_file
 from test_families import gemma3_with_images
+from torch import nn
 
 import checkpoint
 import files
 import housekeeping
+import lora
 from checkpoint import CheckpointManager
 from housekeeping import deploy, prune, superseded
 from model import GPT, GPTConfig
@@ -421,6 +423,24 @@ def test_the_file_that_is_named_is_the_one_that_loads_and_is_compared_first(tmp_
     path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
     with pytest.raises(ValueError, match=r"model.safetensors is damaged: its sha256"):
         CheckpointManager.load_model(path)
+
+
+def test_the_training_state_of_an_adapter_is_the_one_that_loads_where_it_is_named(tmp_path):
+    save(tmp_path / "base")
+    adapted, _ = CheckpointManager.load_model(tmp_path / "base", apply_lora=True, lora_config={"targets": ["c_attn"]})
+    base = CheckpointManager.base_reference(tmp_path / "base", tmp_path / "mine")
+    tensors = {"best": 0.1, "last": 0.2}
+    for i, (name, value) in enumerate(tensors.items()):
+        for key, tensor in lora.lora_state_dict(adapted).items():
+            nn.init.constant_(tensor, value) if "lora_B" in key else None
+        metadata = {"iter_num": i, "best_val_loss": 2.0, "config": {}, "base": base, "best": {"iter_num": 0}}
+        best = name == "best"
+        CheckpointManager.save_checkpoint(adapted, tmp_path / "mine", metadata, best=best, training_state={"x": 1})
+    for path, i, value in (("mine", 0, 0.1), ("mine/last/state.pt", 1, 0.2)):
+        loaded, about = CheckpointManager.load_model(tmp_path / path)
+        found = [tensor for key, tensor in lora.lora_state_dict(loaded).items() if "lora_B" in key]
+        assert found and all((tensor == value).all() for tensor in found), path
+        assert about["iter_num"] == i
 
 
 def test_a_device_that_is_not_there_is_no_fault_of_the_file(tmp_path):

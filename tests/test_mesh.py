@@ -400,6 +400,8 @@ def test_a_directory_in_shards_is_looked_after_like_any_other(dataset, tmp_path,
     assert script("checkpoint.py", "deploy", out, tmp_path / "deployed").returncode == 0
     assert not (tmp_path / "deployed" / "last").exists()
     assert not any(path.suffix == ".metadata" or path.name == ".metadata" for path in out.rglob("*"))
+    state = CheckpointManager.load_training_state(out)["model"]
+    assert largest_difference(CheckpointManager.load_model(out / "last" / "state.pt")[0].state_dict(), state) == 0
 
     damaged = out / "last" / "shard-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
