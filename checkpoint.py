@@ -285,7 +285,8 @@ class CheckpointManager:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{directory} needs its base, and there is none at {path}: {Path(about['base']['path']).name} with "
-                f"sha256 {expected} ({about['base']['given']} when it was trained); if it was moved, --base says where"
+                f"sha256 {expected} ({about['base']['given']} in training); if it was moved, --base says where: "
+                f"python merge_lora.py {directory} --base PLACE makes a model that needs none"
             ) from None
         if found != expected:
             raise ValueError(

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import CheckpointManager
+from device import DTYPES
 from model import GPT, GPTConfig
 from registry.resolve import folder_of
 from tokenizer import EOT, ForeignTokenizer, Tokenizer
@@ -99,6 +100,7 @@ def to_gguf(directory: Path, out: Path | None = None, dtype: str = "float32", ba
     facts = {**architecture(model.config, layout), **vocabulary(tokenizer, model.config.vocab_size)}
     facts["general.name"] = directory.resolve().name
     kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    files.check_room(out.parent, model.num_params() * DTYPES[dtype].itemsize)
     staged = files.staged_name(out)
     try:
         write(gguf, staged, layout, facts, tensors(model, layout), kind)

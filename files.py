@@ -99,6 +99,14 @@ def save_error(path: Path, error: OSError) -> SaveError:
     return SaveError(f"cannot write {path}: {reason}; what was saved before is intact")
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Raise OSError if the disk of a folder, which need not be there yet, has less than so many bytes free."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(f"{there} has {free / 1e6:,.0f} MB free, and saving needs {needed / 1e6:,.0f} MB")
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in `path` durable, where the system can (Windows cannot open a folder)."""
     if os.name == "posix":

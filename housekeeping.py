@@ -94,10 +94,12 @@ def deploy(directory: Path, destination: Path) -> str:
 
         return write
 
+    names = [name for name in DEPLOYED if name in about["files"]]
+    files.check_room(destination, sum(about["files"][name]["size"] for name in names))
     iteration = (about.get("best") or about)["iter_num"]
     deployed = {key: value for key, value in about.items() if key != "files"} | {"iter_num": iteration}
     with files.lock(destination):
-        files.commit(destination, {name: copy(name) for name in DEPLOYED if name in about["files"]}, deployed)
+        files.commit(destination, {name: copy(name) for name in names}, deployed)
         arguments = json.loads((destination / MODEL_ARGS).read_bytes())
         files.write_atomic(destination / CARD, model_card(deployed, arguments).encode())
     size = f"{size_on_disk(destination) / 1e6:,.0f} MB"

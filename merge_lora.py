@@ -116,6 +116,7 @@ def merge(
     texts = {}
     if TOKENIZER in about["files"]:
         texts[TOKENIZER] = files.read_verified(directory, TOKENIZER)
+    files.check_room(destination, 2 * result.num_params() * DTYPES[dtype].itemsize)  # in two formats
     with files.lock(destination):
         already(destination, merge_of, result.num_params())  # nobody has come between
         CheckpointManager.save_checkpoint(result, destination, {**kept, "merge": merge_of}, texts=texts)

@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shlex
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -306,7 +305,9 @@ def check_unchanged(start: Start) -> None:
 def disk_problems(directory: Path, trained: int, adapters: bool = False) -> list[str]:
     """Best and last weights and AdamW's two moments in float32, the new ones beside the old while they are written; the
     best of a whole model in two formats. `trained` is how many parameters have these."""
-    there = next(p for p in (directory.resolve(), *directory.resolve().parents) if p.is_dir())
-    copies = 1 if (there / files.MARKER).exists() else 2  # where a run goes on, the old ones are on the disk already
-    needed, free = copies * 4 * (4 if adapters else 5) * trained, shutil.disk_usage(there).free
-    return [f"{there} has {free / 1e6:,.0f} MB free, and saving needs {needed / 1e6:,.0f} MB"] if free < needed else []
+    copies = 1 if (directory / files.MARKER).exists() else 2  # where a run goes on, the old ones are there already
+    try:
+        files.check_room(directory, copies * 4 * (4 if adapters else 5) * trained)
+    except OSError as error:
+        return [str(error)]
+    return []

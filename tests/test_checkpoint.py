@@ -806,6 +806,17 @@ def test_a_deployment_that_was_killed_is_no_model(tmp_path):
     assert CheckpointManager.verify(tmp_path / "out") == []
 
 
+def test_where_there_is_no_room_nothing_is_begun(tmp_path):
+    files.check_room(tmp_path / "not" / "there", 1000)
+    save(tmp_path / "m")
+    marker = read_about(tmp_path / "m")
+    marker["files"]["ckpt.pt"]["size"] = 1 << 60
+    (tmp_path / "m" / files.MARKER).write_text(json.dumps(marker))
+    with pytest.raises(OSError, match="MB free, and saving needs 1,152,921,50"):
+        deploy(tmp_path / "m", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
 def test_prune_knows_what_a_run_has_listed_and_what_systems_leave_and_asks_nothing_of_what_goes_too(tmp_path):
     old, metadata = tmp_path / "gpt-6K-x-pretrain", {"config": {}, "iter_num": 1, "best_val_loss": 2.5}
     CheckpointManager.save_checkpoint(model(), old, metadata, texts={"LICENSE.txt": b"MIT"})
