@@ -27,7 +27,7 @@ import files
 import hub
 from configurator import PRESETS
 from model import on_meta
-from model_directory import status
+from model_directory import is_lora, read_about, status
 from registry import comparison, loading, picture
 from registry.catalogue import MINI_LM
 from registry.decompose import (
@@ -259,7 +259,8 @@ def load(folder: Path) -> nn.Module:
 
 
 def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
-    """What the model in a folder, or with a name that find_model knows, is made of."""
+    """What the model in a folder, or with a name that find_model knows, is made of. A LoRA directory's is its base, and
+    extra_info["adapter"] says what it adds."""
     folder = files.expanded(name)
     if not folder.is_dir():
         folder = find_model(str(name)).path
@@ -267,6 +268,9 @@ def describe_folder(name: str | Path, model_id: str | None = None) -> ModelSpec:
     spec.directory, spec.fingerprint = str(folder.resolve()), fingerprint(folder)
     if tokenizer := tokenizer_hash(folder):
         spec.extra_info["tokenizer"] = tokenizer
+    about = read_about(folder)
+    if is_lora(about):
+        spec.extra_info["adapter"] = {"parameters": about["adapter_parameters"], "base": about["base"]["given"]}
     return spec
 
 
@@ -329,6 +333,8 @@ def show_text(spec: ModelSpec) -> str:
         f"{spec.model_id}: {spec.extra_info.get('class')}, family {spec.family.value}",
         f"{spec.parameters:,} parameters, {spec.bytes / 1e6:,.1f} MB in {facts['dtype']}",
     ]
+    if adapter := spec.extra_info.get("adapter"):
+        head[1] += f", and an adapter (LoRA) of {adapter['parameters']:,} for {adapter['base']}"
     known = {
         "width": spec.hidden_dim,
         "layers": spec.num_layers,

@@ -930,6 +930,19 @@ def command(*arguments: str) -> tuple[str, dict]:
     return text, json.loads(json.dumps(data, allow_nan=False))
 
 
+def test_a_lora_directory_is_described_with_its_adapter(registry, saved, tmp_path):
+    base = saved["gpt2"][1]
+    adapted, _ = CheckpointManager.load_model(base, apply_lora=True, lora_config={"targets": ["c_attn"], "rank": 2})
+    metadata = {"iter_num": 1, "best_val_loss": 2.0, "config": {}}
+    metadata["base"] = CheckpointManager.base_reference(base, tmp_path / "mine")
+    CheckpointManager.save_checkpoint(adapted, tmp_path / "mine", metadata)
+    count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    spec = registry.register("mine", tmp_path / "mine")
+    assert spec.extra_info["adapter"] == {"parameters": count, "base": str(base)}
+    text, _ = command("show", tmp_path / "mine")
+    assert f"{spec.parameters:,} parameters" in text and f"an adapter (LoRA) of {count:,} for {base}" in text
+
+
 def test_show_tells_what_a_model_is_made_of_without_writing_anything(saved):
     text, data = command("show", saved["gemma3"][1])
     assert "family gemma" in text and f"{data['parameters']:,} parameters" in text
