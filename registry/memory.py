@@ -15,6 +15,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 import loss
 from configurator import LONGEST_UNASKED, RunConfig, precision
 from device import DTYPES
@@ -223,8 +225,11 @@ class Fitting:
         own = share_of_batch(batch_size, plan.mesh)
         full = math.ceil(loss.BUFFER / plan.config.vocab_size / plan.block_size)  # sequences that fill its buffer
         self.sizes = (2, 3) if self.steady else (max(own, full), 2 * max(own, full))
-        self.pair = [plan.rehearse(sequences) for sequences in self.sizes]
-        asked = with_batch(*self.pair, own) if self.steady else plan.rehearse(own)
+        wanted = self.sizes if self.steady else (*self.sizes, own)
+        bar = tqdm(wanted, "rehearsing", unit="step", delay=2, disable=None, leave=False)
+        found = [plan.rehearse(sequences) for sequences in bar]
+        self.pair = found[:2]
+        asked = with_batch(*self.pair, own) if self.steady else found[2]
         # Assumed the same for every batch; each would take seconds.
         self.holes = None if plan.cuda else heap_holes(plan, asked)
         self.estimate = itemised(plan, asked, self.holes)

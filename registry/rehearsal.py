@@ -3,7 +3,7 @@
 PyTorch's fake tensors (FakeTensorMode, which torch.compile traces with) have a shape, a dtype and a device, and no
 memory. GPT, LoRA, autocast and autograd run on them as they run on a CPU, and every storage that an operation makes is
 noted when it comes and when it goes. So nothing here knows what a layer saves for its backward pass: change model.py
-and the count follows. A model of any size takes seconds.
+and the count follows. It takes as long for any width: seconds, or with 62 layers half a minute.
 """
 
 import weakref
