@@ -56,7 +56,8 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def save_adapters(model: nn.Module, directory: str | Path, adapter: str | None = None, **description: Any) -> None:
     """Write an adapter, the active one by default, as PEFT would. `description` is that of `adapter_files`.
 
-    Raises ValueError for numbers that are not finite, files.SaveError when the disk refuses.
+    Raises ValueError for numbers that are not finite and for a model of which more trains than adapters (PEFT's
+    modules_to_save are not written), files.SaveError when the disk refuses.
     """
     for name, data in adapter_files(model, adapter, **description).items():
         files.write_atomic(Path(directory) / name, data)
@@ -80,6 +81,7 @@ def adapter_files(
     inside a model with images (default: whether `base` is the folder of one).
     """
     parts = lora.adapters_of(model, adapter)
+    lora.check_frozen(model)
     first = next(iter(parts.values()))
     if broken := [path for path, part in parts.items() if not all(p.isfinite().all() for p in part.parameters())]:
         raise ValueError(f"the adapter has numbers that are not finite, first in {broken[0]}; it is not saved")

@@ -14,7 +14,7 @@ from test_families import gemma3_with_images
 from test_families import theirs as random_phi3
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
-from transformers import AutoModelForCausalLM, Conv1D
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
 from families import load_pretrained
@@ -408,6 +408,37 @@ def test_nothing_passes_in_silence(spoil, words, tmp_path):
         load_adapters(base, tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert adapter_names(base) == [] and all(p.requires_grad for p in base.parameters())
+
+
+def test_what_trains_beside_the_adapter_is_not_lost_in_silence(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2))
+    apply_lora(model, LoRAConfig(rank=2, targets=["query", "value"]))
+    model.classifier.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"classifier\.weight; classifier\.bias; freeze it.*merge_lora"):
+        save_adapters(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    model.classifier.requires_grad_(False)
+    save_adapters(model, tmp_path / "new")
+
+
+def test_other_adapters_and_shared_weights_are_nothing_that_trains_beside_one(tmp_path):
+    model = gpt(tie_word_embeddings=True)
+    apply_lora(model, LoRAConfig(rank=2, targets=["lm_head"]), untie=True)
+    add_adapter(model, "two", LoRAConfig(rank=2))
+    for part in model.modules():  # as if both were to train together
+        if hasattr(part, "lora"):
+            part.lora.requires_grad_(True)
+    for name in ("default", "two"):
+        save_adapters(model, tmp_path / name, name)
+    add_weighted_sum(model, "both", {"default": 1, "two": 1})
+    save_adapters(model, tmp_path / "both", "both")
+    model.transformer.wte.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"saved with one: transformer\.wte\.weight; freeze"):
+        save_adapters(model, tmp_path / "never", "two")
+    merge_lora(model, "two")
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapters(model, tmp_path / "anew")
 
 
 def test_a_copy_of_the_head_that_peft_saves_along_is_no_problem_where_it_is_the_models(tmp_path):

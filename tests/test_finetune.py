@@ -530,6 +530,20 @@ def test_a_model_with_adapters_is_saved_with_its_base_or_not_at_all(base, tmp_pa
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("best", [True, False])
+def test_a_model_of_which_more_trains_than_its_adapter_is_not_saved_as_one(base, tmp_path, best):
+    model, _ = CheckpointManager.load_model(base, apply_lora=True)
+    model.transformer.ln_f.requires_grad_(True)
+    metadata = {"config": {}, "iter_num": 0, "best_val_loss": 1.0}
+    metadata["base"] = CheckpointManager.base_reference(base, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight; freeze it"):
+        CheckpointManager.save_checkpoint(model, tmp_path / "x", metadata, best=best, training_state={})
+    assert not (tmp_path / "x").exists()
+    lora.merge_lora(model)
+    del metadata["base"]
+    CheckpointManager.save_checkpoint(model, tmp_path / "x", metadata)
+
+
 def test_list_deploy_and_prune_know_what_a_lora_directory_is(base, adapted, dataset, tmp_path, script):
     root = tmp_path / "models"
     old, new = root / "gpt-46K-tiny-pretrain", root / "gpt-46K-tiny-pretrain-v2"
