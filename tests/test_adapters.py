@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_families import gemma3_with_images
-from test_families import theirs as random_phi3
+from test_families import theirs as random_model
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
+from checkpoint import CheckpointManager
 from families import load_pretrained
 from files import SaveError
 from lora import (
@@ -31,6 +32,7 @@ from lora import (
     set_active,
 )
 from model import GPT, GPTConfig
+from registry import loading
 
 SETTINGS = [
     {"rank": 4, "targets": ["c_attn", "c_proj"]},
@@ -148,7 +150,7 @@ def test_an_adapter_of_our_gpt_opens_on_transformers_gpt2_and_the_other_way_roun
 
 def phi3(folder):
     """A Transformers Phi 3, whose projections are fused, and our GPT with its weights, which has them one by one."""
-    theirs = random_phi3("phi3")
+    theirs = random_model("phi3")
     theirs.save_pretrained(folder)
     return theirs, load_pretrained(folder).eval()
 
@@ -446,6 +448,24 @@ def test_a_copy_of_the_head_that_peft_saves_along_is_no_problem_where_it_is_the_
     made_by_peft(model, {"rank": 2, "targets": ["lm_head"]}, tmp_path)
     assert any(key.endswith("base_layer.weight") for key in load_file(tmp_path / WEIGHTS))
     load_adapters(model, tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_pretrained, CheckpointManager.load_model, loading.load])
+def test_a_model_beside_an_adapter_that_transformers_adds_to_it_is_not_loaded_without(load, tmp_path):
+    base, folder, x = random_model("qwen3"), tmp_path / "qwen3", tokens(2, 12)
+    base.save_pretrained(folder)
+    expected = logits(made_by_peft(base, {"rank": 2, "targets": ["q_proj", "v_proj"]}, folder), x)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder), x), expected)
+    with pytest.raises(ValueError, match=f"{folder} has an adapter beside its weights"):
+        load(folder)
+    (tmp_path / "adapter").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).rename(tmp_path / "adapter" / name)
+    with pytest.raises(FileNotFoundError, match="adapter is an adapter and no model: load its base"):
+        CheckpointManager.load_model(tmp_path / "adapter")
+    model = load_pretrained(folder).eval()
+    load_adapters(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_for_some_layers_only_loads(tmp_path):

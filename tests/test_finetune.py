@@ -334,6 +334,14 @@ def test_an_adapter_is_not_adapted(adapted, dataset, tmp_path, script):
     refused(script(*start), "is a LoRA directory: merge it first (python merge_lora.py")
 
 
+def test_an_adapter_by_itself_is_no_model_and_names_the_directory_that_is(adapted, dataset, tmp_path, script):
+    words = f"{adapted / 'adapters'} is an adapter and no model: give {adapted}, the LoRA directory"
+    start = ("train.py", f"init_from={adapted / 'adapters'}", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
+    refused(script(*start), words)
+    refused(script(*start, *LORA), words)
+    refused(script("sample.py", adapted / "adapters", "--prompt", "x"), words)
+
+
 # ---- the directory and its base
 
 
