@@ -14,6 +14,7 @@ from test_families import gemma3_with_images
 from test_families import theirs as random_model
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
@@ -509,6 +510,34 @@ def test_a_path_that_is_the_end_of_another_is_not_mistaken_for_it(targets, tmp_p
     load_adapters(base, tmp_path)
     torch.testing.assert_close(base(x), model(x), atol=0, rtol=0)
     torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+class Bypassing(nn.Module):
+    """Reads the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.unused = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        self.fc, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(F.linear(self.table(x), self.fc.weight).tanh())
+
+
+def test_layers_that_learned_nothing_where_others_did_are_named(tmp_path):
+    model = Bypassing()
+    apply_lora(model, LoRAConfig(rank=2, targets="all"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapters(model, tmp_path)  # nothing has learned yet
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.arange(3)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="2 of the 4 layers .* nothing at all: unused; fc; either") as caught:
+        save_adapters(model, tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert set(load_adapters(Bypassing(), tmp_path).matched) == {"table", "unused", "fc", "out"}
 
 
 def test_a_layer_may_be_called_with_its_input_by_name():
