@@ -18,6 +18,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -34,6 +35,7 @@ import lora_layers
 from families import fused_layers, has_images
 from model_directory import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tensor_files import raw_bytes, write_tensors
+from words import first_few
 
 CONFIG, WEIGHTS = (Path(name).name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 OLD_WEIGHTS = "adapter_model.bin"
@@ -56,10 +58,21 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def save_adapters(model: nn.Module, directory: str | Path, adapter: str | None = None, **description: Any) -> None:
     """Write an adapter, the active one by default, as PEFT would. `description` is that of `adapter_files`.
 
-    Raises ValueError for numbers that are not finite, files.SaveError when the disk refuses.
+    Raises ValueError for numbers that are not finite and for a model of which more trains than adapters (PEFT's
+    modules_to_save are not written), files.SaveError when the disk refuses. Warns of layers that have learned nothing
+    where others have.
     """
     for name, data in adapter_files(model, adapter, **description).items():
         files.write_atomic(Path(directory) / name, data)
+    parts = lora.adapters_of(model, adapter)
+    idle = [path for path, part in parts.items() if not (part.A.any() and part.B.any())]
+    if 0 < len(idle) < len(parts):
+        warnings.warn(
+            f"{len(idle)} of the {len(parts)} layers of the adapter in {directory} have learned nothing at all: "
+            f"{first_few(idle)}; either no input has reached them, or the model uses their weights without calling "
+            "them, and then LoRA does nothing there: exclude them",
+            stacklevel=2,
+        )
 
 
 def adapter_files(
@@ -80,6 +93,7 @@ def adapter_files(
     inside a model with images (default: whether `base` is the folder of one).
     """
     parts = lora.adapters_of(model, adapter)
+    lora.check_frozen(model)
     first = next(iter(parts.values()))
     if broken := [path for path, part in parts.items() if not all(p.isfinite().all() for p in part.parameters())]:
         raise ValueError(f"the adapter has numbers that are not finite, first in {broken[0]}; it is not saved")

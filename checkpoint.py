@@ -144,7 +144,7 @@ class CheckpointManager:
         """
         directory, model = Path(directory), bare(model)
         adapted, arguments = lora.adapter_names(model), model_args(model.config)
-        _check_before_saving(directory, adapted, metadata, training_state)
+        _check_before_saving(directory, model, metadata, training_state)
         own = lora.lora_state_dict(model) if adapted else {}
         common = {
             "model": own or model.state_dict(),
@@ -361,14 +361,17 @@ def bare(model: nn.Module) -> GPT:
 
 
 def _check_before_saving(
-    directory: Path, names: list[str], metadata: dict[str, Any], training_state: dict[str, Any] | None
+    directory: Path, model: GPT, metadata: dict[str, Any], training_state: dict[str, Any] | None
 ) -> None:
     """Raise ValueError for what `save_checkpoint` could not save, or nobody could open again."""
+    names = lora.adapter_names(model)
     if bool(names) != ("base" in metadata) or len(names) > 1:
         raise ValueError(
             f"{directory}: a model with one adapter is saved with its base (CheckpointManager.base_reference), or "
             f"merged first (lora.merge_lora); one without has none, and this one has {', '.join(names) or 'none'}"
         )
+    if names:
+        lora.check_frozen(model)
     missing = {"config", "iter_num", "best_val_loss"} - metadata.keys()
     if missing or not math.isfinite(metadata["best_val_loss"]):
         raise ValueError(f"{directory}: metadata needs {', '.join(sorted(missing)) or 'a finite best_val_loss'}")

@@ -26,7 +26,7 @@ from architecture import ORIGINAL
 from family_tables import ACTIVATIONS, FAMILIES, NEUTRAL, ONLY, ROPE_KEYS, ROPES, WRAPPER, Family
 from hub import find, read_json
 from model import GPT, GPTConfig, on_meta
-from model_directory import CONFIG
+from model_directory import CONFIG, holds_adapter
 from tensor_files import Stored, stored_tensors
 from words import first_few, misfits
 
@@ -324,6 +324,11 @@ def load_pretrained(
     """
     folder = find(path_or_hub_id, revision=revision, local_files_only=local_files_only)
     hf = read_json(folder / CONFIG)
+    if holds_adapter(folder):
+        raise ValueError(
+            f"{folder} has an adapter beside its weights, which Transformers would add to them: load the base from a "
+            "folder without adapter_config.json and adapter_model.safetensors, then add these (adapters.load_adapters)"
+        )
     config = read_config(hf, folder / CONFIG, ignore)
     return load_state(config, family_of(hf, folder)[0], stored_tensors(folder, name), folder, dtype, device, mapped)
 

@@ -131,6 +131,18 @@ def count_adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for layer in _adapted(model).values() for p in layer.lora.parameters())
 
 
+def check_frozen(model: nn.Module) -> None:
+    """Raise ValueError for a model of which more trains than adapters: saved as an adapter, it would lose the rest."""
+    adapters = {p for layer in _adapted(model).values() for p in layer.lora.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and p not in adapters]
+    if others:
+        raise ValueError(
+            f"this {type(model).__name__} trains what belongs to no adapter and would not be saved with one: "
+            f"{first_few(others)}; freeze it (requires_grad_(False)) and keep what it has learned yourself, or merge "
+            "(lora.merge_lora) and save the whole model"
+        )
+
+
 def active_adapter(model: nn.Module) -> str | None:
     return next((layer.lora.active for layer in _adapted(model).values()), None)
 

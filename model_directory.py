@@ -79,12 +79,22 @@ def locate(path: str | Path) -> tuple[Path, str]:
         directory, name = path, WEIGHTS
         if (path / CONFIG).exists() and not any((path / ours).exists() for ours in (WEIGHTS, files.MARKER)):
             name = next((name for name in HF_FILES if (path / name).exists()), WEIGHTS)
+    if holds_adapter(directory) and not (directory / name).exists():
+        run, instead = directory.parent, "load its base, then add it (adapters.load_adapters)"
+        if directory.name == ADAPTERS and (run / files.MARKER).exists():
+            instead = f"give {run}, the LoRA directory that it is part of"
+        raise FileNotFoundError(f"{directory} is an adapter and no model: {instead}")
     if not directory.is_dir():
         near = sorted({p.parent.name for file in (WEIGHTS, files.MARKER) for p in directory.parent.glob(f"*/{file}")})
         raise FileNotFoundError(
             f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
         )
     return directory, name
+
+
+def holds_adapter(directory: Path) -> bool:
+    """Whether an adapter in PEFT's format lies in a folder itself, as in `adapters/` of a LoRA directory."""
+    return (directory / Path(ADAPTER_CONFIG).name).is_file()
 
 
 def read_about(directory: Path) -> dict[str, Any] | None:

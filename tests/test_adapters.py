@@ -11,12 +11,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_families import gemma3_with_images
-from test_families import theirs as random_phi3
+from test_families import theirs as random_model
 from test_lora import VOCAB, gpt, gpt2, llama, logits, tokens, trained
 from torch import nn
-from transformers import AutoModelForCausalLM, Conv1D
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, Conv1D
 
 from adapters import CONFIG, WEIGHTS, load_adapters, save_adapters
+from checkpoint import CheckpointManager
 from families import load_pretrained
 from files import SaveError
 from lora import (
@@ -31,6 +33,7 @@ from lora import (
     set_active,
 )
 from model import GPT, GPTConfig
+from registry import loading
 
 SETTINGS = [
     {"rank": 4, "targets": ["c_attn", "c_proj"]},
@@ -148,7 +151,7 @@ def test_an_adapter_of_our_gpt_opens_on_transformers_gpt2_and_the_other_way_roun
 
 def phi3(folder):
     """A Transformers Phi 3, whose projections are fused, and our GPT with its weights, which has them one by one."""
-    theirs = random_phi3("phi3")
+    theirs = random_model("phi3")
     theirs.save_pretrained(folder)
     return theirs, load_pretrained(folder).eval()
 
@@ -410,11 +413,60 @@ def test_nothing_passes_in_silence(spoil, words, tmp_path):
     assert adapter_names(base) == [] and all(p.requires_grad for p in base.parameters())
 
 
+def test_what_trains_beside_the_adapter_is_not_lost_in_silence(tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2))
+    apply_lora(model, LoRAConfig(rank=2, targets=["query", "value"]))
+    model.classifier.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"classifier\.weight; classifier\.bias; freeze it.*merge_lora"):
+        save_adapters(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    model.classifier.requires_grad_(False)
+    save_adapters(model, tmp_path / "new")
+
+
+def test_other_adapters_and_shared_weights_are_nothing_that_trains_beside_one(tmp_path):
+    model = gpt(tie_word_embeddings=True)
+    apply_lora(model, LoRAConfig(rank=2, targets=["lm_head"]), untie=True)
+    add_adapter(model, "two", LoRAConfig(rank=2))
+    for part in model.modules():  # as if both were to train together
+        if hasattr(part, "lora"):
+            part.lora.requires_grad_(True)
+    for name in ("default", "two"):
+        save_adapters(model, tmp_path / name, name)
+    add_weighted_sum(model, "both", {"default": 1, "two": 1})
+    save_adapters(model, tmp_path / "both", "both")
+    model.transformer.wte.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"saved with one: transformer\.wte\.weight; freeze"):
+        save_adapters(model, tmp_path / "never", "two")
+    merge_lora(model, "two")
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapters(model, tmp_path / "anew")
+
+
 def test_a_copy_of_the_head_that_peft_saves_along_is_no_problem_where_it_is_the_models(tmp_path):
     model = untied(gpt2)
     made_by_peft(model, {"rank": 2, "targets": ["lm_head"]}, tmp_path)
     assert any(key.endswith("base_layer.weight") for key in load_file(tmp_path / WEIGHTS))
     load_adapters(model, tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_pretrained, CheckpointManager.load_model, loading.load])
+def test_a_model_beside_an_adapter_that_transformers_adds_to_it_is_not_loaded_without(load, tmp_path):
+    base, folder, x = random_model("qwen3"), tmp_path / "qwen3", tokens(2, 12)
+    base.save_pretrained(folder)
+    expected = logits(made_by_peft(base, {"rank": 2, "targets": ["q_proj", "v_proj"]}, folder), x)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder), x), expected)
+    with pytest.raises(ValueError, match=f"{folder} has an adapter beside its weights"):
+        load(folder)
+    (tmp_path / "adapter").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).rename(tmp_path / "adapter" / name)
+    with pytest.raises(FileNotFoundError, match="adapter is an adapter and no model: load its base"):
+        CheckpointManager.load_model(tmp_path / "adapter")
+    model = load_pretrained(folder).eval()
+    load_adapters(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_for_some_layers_only_loads(tmp_path):
@@ -458,6 +510,34 @@ def test_a_path_that_is_the_end_of_another_is_not_mistaken_for_it(targets, tmp_p
     load_adapters(base, tmp_path)
     torch.testing.assert_close(base(x), model(x), atol=0, rtol=0)
     torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=1e-6)
+
+
+class Bypassing(nn.Module):
+    """Reads the weight of a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.unused = nn.Embedding(5, 4), nn.Embedding(5, 4)
+        self.fc, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(F.linear(self.table(x), self.fc.weight).tanh())
+
+
+def test_layers_that_learned_nothing_where_others_did_are_named(tmp_path):
+    model = Bypassing()
+    apply_lora(model, LoRAConfig(rank=2, targets="all"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapters(model, tmp_path)  # nothing has learned yet
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.arange(3)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="2 of the 4 layers .* nothing at all: unused; fc; either") as caught:
+        save_adapters(model, tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert set(load_adapters(Bypassing(), tmp_path).matched) == {"table", "unused", "fc", "out"}
 
 
 def test_a_layer_may_be_called_with_its_input_by_name():

@@ -334,6 +334,14 @@ def test_an_adapter_is_not_adapted(adapted, dataset, tmp_path, script):
     refused(script(*start), "is a LoRA directory: merge it first (python merge_lora.py")
 
 
+def test_an_adapter_by_itself_is_no_model_and_names_the_directory_that_is(adapted, dataset, tmp_path, script):
+    words = f"{adapted / 'adapters'} is an adapter and no model: give {adapted}, the LoRA directory"
+    start = ("train.py", f"init_from={adapted / 'adapters'}", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}")
+    refused(script(*start), words)
+    refused(script(*start, *LORA), words)
+    refused(script("sample.py", adapted / "adapters", "--prompt", "x"), words)
+
+
 # ---- the directory and its base
 
 
@@ -528,6 +536,20 @@ def test_a_model_with_adapters_is_saved_with_its_base_or_not_at_all(base, tmp_pa
     with pytest.raises(ValueError, match="one without has none"):
         CheckpointManager.save_checkpoint(model, tmp_path / "x", metadata | {"base": {"path": "y"}})
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_model_of_which_more_trains_than_its_adapter_is_not_saved_as_one(base, tmp_path, best):
+    model, _ = CheckpointManager.load_model(base, apply_lora=True)
+    model.transformer.ln_f.requires_grad_(True)
+    metadata = {"config": {}, "iter_num": 0, "best_val_loss": 1.0}
+    metadata["base"] = CheckpointManager.base_reference(base, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight; freeze it"):
+        CheckpointManager.save_checkpoint(model, tmp_path / "x", metadata, best=best, training_state={})
+    assert not (tmp_path / "x").exists()
+    lora.merge_lora(model)
+    del metadata["base"]
+    CheckpointManager.save_checkpoint(model, tmp_path / "x", metadata)
 
 
 def test_list_deploy_and_prune_know_what_a_lora_directory_is(base, adapted, dataset, tmp_path, script):
