@@ -186,8 +186,9 @@ def tokenizer_for(path: str | None, metadata: dict) -> Tokenizer:
     """The model directory's own tokenizer, checked against what the model was trained with; else the one given."""
     stored = CheckpointManager.find_tokenizer(metadata["directory"])
     if path is None and stored is None:
-        characters = "data/README.md says what to do about nanoGPT's characters"
-        raise ValueError(f"{no_tokenizer(metadata['directory'])}; or name one with --tokenizer ({characters})")
+        foreign = CheckpointManager.is_hugging_face(metadata["directory"])
+        characters = "" if foreign else "; for nanoGPT's characters there is none: data/README.md"
+        raise ValueError(f"{no_tokenizer(metadata['directory'])}; name one with --tokenizer{characters}")
     tokenizer = Tokenizer.load(path or stored)
     trained_with = (metadata["export_meta"] or {}).get("tokenizer")
     if trained_with and trained_with["fingerprint"] != tokenizer.fingerprint:

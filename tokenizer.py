@@ -31,11 +31,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import files
-from tokenizer_files import MERGES, VOCABULARY, about, find_tokenizer, from_merges, no_tokenizer
+from tokenizer_files import EOT, MERGES, VOCABULARY, about, find_tokenizer, from_merges, no_tokenizer
 
 Merge = tuple[bytes, bytes]
-
-EOT = "<|endoftext|>"
 
 # As GPT-2 was released with (openai/gpt-2, encoder.py). Merges never cross the pieces that it cuts the text into.
 SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

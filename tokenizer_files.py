@@ -12,9 +12,10 @@ from hub import read_json
 from model_directory import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
+EOT = "<|endoftext|>"
 GPT2 = {"gpt2", "GPT2Tokenizer", "GPT2TokenizerFast"}
 # Its special tokens where nothing says otherwise, in the order in which they are added.
-SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
 SPECIAL |= dict.fromkeys(("sep_token", "pad_token", "cls_token", "mask_token"))
 ENDS = ("bos_token", "eos_token")  # which tokenizer_config.json may ask for around every text
 
@@ -27,14 +28,14 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def no_tokenizer(folder: Path) -> str:
-    """What to say where `find_tokenizer` finds none, with the remedy if there is what Transformers makes one of."""
-    others = [path.name for name in ("*.model", VOCABULARY, "vocab.txt") for path in sorted(folder.glob(name))]
+    """What to say where `find_tokenizer` finds none, with the remedy if there is SentencePiece's tokenizer.model."""
+    others = sorted(path.name for path in folder.glob("*.model"))
     return f"{folder} has no {TOKENIZER}" + (f", only {others[0]}: {_conversion(folder)}" if others else "")
 
 
 def _conversion(folder: Path) -> str:
     code = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    return f'python -c "from transformers import AutoTokenizer; {code}" writes one there'
+    return f'python -c "from transformers import AutoTokenizer; {code}" writes a {TOKENIZER} there'
 
 
 def from_merges(path: Path) -> dict[str, Any]:

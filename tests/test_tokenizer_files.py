@@ -130,6 +130,7 @@ def test_a_copy_keeps_the_special_tokens_that_other_files_named(tmp_path):
         ({"settings": {"tokenizer_class": "Qwen2Tokenizer"}}, "is for Qwen2Tokenizer, and is read only for gpt2"),
         ({"config": None}, "is for a model that nothing beside it names"),
         ({"settings": {"added_tokens_decoder": {"x": {"content": "y"}}}}, "make no tokenizer"),
+        ({"settings": {"add_eos_token": True}}, "puts tokens behind every text"),
     ],
 )
 def test_other_models_have_the_same_two_files_and_are_refused(beside, words, tmp_path):
