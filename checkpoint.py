@@ -105,6 +105,7 @@ import hugging_face
 import lora
 from device import check_device
 from model import GPT, GPTConfig
+from tokenizer_files import find_tokenizer
 from weights import build_model, check_saveable, model_args, read_checkpoint, reshaped
 
 
@@ -318,9 +319,8 @@ class CheckpointManager:
 
     @staticmethod
     def find_tokenizer(path: str | Path) -> Path | None:
-        """The tokenizer.json of a model directory, for `Tokenizer.load`, or None where it has none (nanoGPT's)."""
-        stored = locate(path)[0] / TOKENIZER
-        return stored if files.exists(stored) else None
+        """The tokenizer of a model directory, for `Tokenizer.load`, or None where it has none (nanoGPT's)."""
+        return find_tokenizer(locate(path)[0])
 
     @staticmethod
     def verify(path: str | Path, base: str | Path | None = None) -> list[str]:

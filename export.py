@@ -49,6 +49,7 @@ from device import DTYPES
 from model import GPT, GPTConfig
 from registry.resolve import folder_of
 from tokenizer import EOT, ForeignTokenizer, Tokenizer
+from tokenizer_files import no_tokenizer
 
 CONTROL, NORMAL, UNUSED = 3, 1, 5  # token types of the format
 
@@ -92,7 +93,7 @@ def to_gguf(directory: Path, out: Path | None = None, dtype: str = "float32", ba
     model = CheckpointManager.load_model_for_inference(directory, base=base).float()
     path = CheckpointManager.find_tokenizer(directory)
     if path is None:
-        raise ValueError(f"{directory} has no tokenizer.json, and a GGUF file holds one")
+        raise ValueError(f"a GGUF file holds a tokenizer, and {no_tokenizer(directory)}")
     layout, tokenizer = layout_of(model.config), Tokenizer.load(path)
     out = out or Path(f"{directory.resolve().name}.gguf")
     if out.is_dir():

@@ -20,11 +20,12 @@ from data.tokens import Dataset, dataset_problems
 from distributed import Ranks
 from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, count_parameters, on_meta
-from model_directory import only_base_of, read_about, strange_files
+from model_directory import locate, only_base_of, read_about, strange_files
 from naming import ModelName, size_label
 from optimizer import start_branches_at_zero
 from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
+from tokenizer_files import no_tokenizer
 from weights import build_model, reshaped
 
 
@@ -64,7 +65,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     directory = files.expanded(config.out_dir or Path("models") / str(name))
     problems, notes = name_problems(directory, name, count_parameters(architecture))
     if model is not None and tokenizer is None and dataset.meta and CheckpointManager.is_hugging_face(config.init_from):
-        problems.append(f"{config.init_from} has no tokenizer.json, so {dataset.name} cannot be written in its tokens")
+        problems.append(f"{dataset.name} cannot be written in its tokens: {no_tokenizer(locate(config.init_from)[0])}")
     elif model is not None and tokenizer is None:
         notes.append(
             f"{config.init_from} has no tokenizer.json: that it knows {dataset.name}'s tokens cannot be checked"

@@ -65,9 +65,9 @@ from checkpoint import CheckpointManager
 from device import DTYPES, pick_device
 from generation import check_sampling
 from model import GPT
-from model_directory import TOKENIZER
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
+from tokenizer_files import no_tokenizer
 
 SEPARATOR = "---------------"
 ROWS = 8  # texts generated at a time, for hardly more than the price of one
@@ -186,7 +186,9 @@ def tokenizer_for(path: str | None, metadata: dict) -> Tokenizer:
     """The model directory's own tokenizer, checked against what the model was trained with; else the one given."""
     stored = CheckpointManager.find_tokenizer(metadata["directory"])
     if path is None and stored is None:
-        raise ValueError(f"{metadata['directory']} has no {TOKENIZER}: name one with --tokenizer")
+        foreign = CheckpointManager.is_hugging_face(metadata["directory"])
+        characters = "" if foreign else "; for nanoGPT's characters there is none: data/README.md"
+        raise ValueError(f"{no_tokenizer(metadata['directory'])}; name one with --tokenizer{characters}")
     tokenizer = Tokenizer.load(path or stored)
     trained_with = (metadata["export_meta"] or {}).get("tokenizer")
     if trained_with and trained_with["fingerprint"] != tokenizer.fingerprint:

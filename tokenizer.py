@@ -31,10 +31,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import files
+from tokenizer_files import EOT, MERGES, VOCABULARY, about, find_tokenizer, from_merges, no_tokenizer
 
 Merge = tuple[bytes, bytes]
-
-EOT = "<|endoftext|>"
 
 # As GPT-2 was released with (openai/gpt-2, encoder.py). Merges never cross the pieces that it cuts the text into.
 SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -180,18 +179,25 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Tokenizer":
-        """Read a tokenizer.json written here, by `tokenizers` or by Transformers.
+        """Read a tokenizer.json written here, by `tokenizers` or by Transformers, or that of a folder; a GPT-2's
+        vocab.json with the merges.txt beside it does as well.
 
         FileNotFoundError when there is none; ValueError when it is truncated, or a kind that cannot be decoded byte by
         byte. A file without our name in it becomes "gpt2", "bpe-<fingerprint>" or what its folder is called.
         """
         path = files.expanded(path)
+        if path.is_dir():
+            folder, path = path, find_tokenizer(path)
+            if path is None:
+                raise FileNotFoundError(no_tokenizer(folder))
         try:
             content = json.loads(files.read(path))
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no tokenizer at {path}") from None
         except ValueError as error:
             raise ValueError(f"{path} is truncated, or not a tokenizer.json at all: {error}") from error
+        if path.name == VOCABULARY and path.with_name(MERGES).exists():
+            content = from_merges(path)
         try:
             return _from_json(content)
         except (AttributeError, KeyError, TypeError):
@@ -207,7 +213,7 @@ class ForeignTokenizer(Tokenizer):
     """Another model's tokenizer.json, encoded by Hugging Face's `tokenizers`.
 
     A text begins with what the tokenizer puts before every text, such as Gemma's and Llama's `<bos>`. More stands in
-    other files beside it (`_beside`), and in our own copies in the file itself: the end-of-sequence token, which is its
+    other files beside it (`about`), and in our own copies in the file itself: the end-of-sequence token, which is its
     `eot`, the other special tokens, the template of a chat, and the ids at which the model stops.
     """
 
@@ -228,7 +234,7 @@ class ForeignTokenizer(Tokenizer):
         self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
         self._added = {token["id"]: token["content"].encode() for token in content["added_tokens"]}
         model = content["model"]
-        self._about = model.get("about") or _beside(path, vocabulary)
+        self._about = model.get("about") or about(path, vocabulary)
         eot = model.get("eot") or self._about.get("eos_token")
         if not isinstance(eot, str) or eot not in vocabulary:
             raise ValueError(f"nothing beside it says which token ends a text: eos_token is {eot!r}")
@@ -285,33 +291,6 @@ class ForeignTokenizer(Tokenizer):
         model = {"type": self._content["model"].get("type"), **own}
         content = self._content | {"model": model | self._content["model"]}
         return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-
-
-def _beside(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """What the files beside a tokenizer.json say: eos_token and the like, chat_template, stops (the ids)."""
-    names = {i: token for token, i in vocabulary.items()}
-    tokenizer, generation, model = (
-        _json_beside(path, name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    )
-    about = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = tokenizer.get(key)
-        about[key] = value.get("content") if isinstance(value, dict) else value
-    ends = [source.get("eos_token_id") for source in (generation, model)]
-    ids = next((end if isinstance(end, list) else [end] for end in ends if end is not None), [])
-    about["stops"] = [i for i in ids if i in names]
-    about["eos_token"] = about["eos_token"] or next((names[i] for i in about["stops"]), None)
-    template = path.with_name("chat_template.jinja")  # since 2025 a file of its own
-    written = template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
-    return {key: value for key, value in {**about, "chat_template": written}.items() if value}
-
-
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.with_name(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def gpt2(ranks: str | os.PathLike | None = None, download: bool = True) -> Tokenizer:
@@ -424,6 +403,9 @@ def _from_json(content: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"it changes the text first, by {content['normalizer']['type']}")
     if splitter.get("type") != "ByteLevel" or splitter.get("add_prefix_space") or not splitter.get("use_regex", True):
         raise ValueError(f"it does not cut text as GPT-2 does: {splitter or 'not at all'}")
+    around = content.get("post_processor") or {"type": "ByteLevel"}
+    if around["type"] != "ByteLevel" and around.get("special_tokens") != {}:
+        raise ValueError(f"it puts tokens around a text, by {around['type']}")
     if model.get("dropout"):
         raise ValueError(f"it leaves out merges at random (dropout {model['dropout']})")
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])

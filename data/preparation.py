@@ -56,14 +56,15 @@ def parse(recipe: Recipe, arguments: list[str] | None = None) -> argparse.Namesp
       with text of your own
   {command} --source hub --num_samples 500000
       with as many documents as you like; they are streamed
-  {command} --tokenizer models/NAME/tokenizer.json
+  {command} --tokenizer models/NAME
       for going on with a model that exists""",
     )
     auto = f"auto: files if --files is given, else hub if it answers, else {offline[0] if offline else 'an error'}"
     several = "what of a text file is a document; block: between blank lines (default for one file, of several: file)"
     several += "; without this, blocks are joined to passages here" if "files" in recipe.reshape else ""
     count = f"at most N documents, 0 for all (default: {hub.num_samples or 'all'} from the hub, all from elsewhere)"
-    origin = "auto: gpt2 if its ranks can be had, else train, a BPE of this corpus; PATH: tokenizer.json or the ranks"
+    origin = "auto: gpt2 if its ranks can be had, else train, a BPE of this corpus; PATH: a model's folder, a "
+    origin += "tokenizer.json or the ranks"
 
     add = parser.add_argument_group("source").add_argument
     add("--source", choices=["auto", "hub", *offline, "files"], default="auto", help=auto)
@@ -188,7 +189,8 @@ def choose_tokenizer(spec: str, vocab_size: int | None, download: bool) -> tuple
         except FileNotFoundError:
             missing = "not on this machine" + (" and could not be downloaded" if download else "")
             return None, f"because GPT-2's ranks are {missing}; --tokenizer gpt2 says where they were looked for"
-    tokenizer = Tokenizer.load(spec) if spec.endswith(".json") else gpt2(ranks=None if spec == "gpt2" else spec)
+    stored = spec.endswith(".json") or (spec != "gpt2" and files.expanded(spec).is_dir())
+    tokenizer = Tokenizer.load(spec) if stored else gpt2(ranks=None if spec == "gpt2" else spec)
     if vocab_size and vocab_size != tokenizer.vocab_size:
         raise ValueError(f"--vocab_size is {vocab_size}, and --tokenizer {spec} has {tokenizer.vocab_size} entries")
     return tokenizer, "as asked"

@@ -1075,10 +1075,9 @@ def test_what_is_left_out_is_told_and_a_tilde_is_the_home(papers, tmp_path, monk
     assert load_dataset(tmp_path / "órgão").meta["train"]["documents"]
 
 
-def test_a_tokenizer_can_be_taken_over(papers, written, bpe, tmp_path):
-    run = prepare(
-        "scientific", "--files", papers, "--out_dir", tmp_path / "out", "--tokenizer", written / "tokenizer.json"
-    )
+@pytest.mark.parametrize("name", ["", "tokenizer.json"])
+def test_a_tokenizer_can_be_taken_over(papers, written, bpe, tmp_path, name):
+    run = prepare("scientific", "--files", papers, "--out_dir", tmp_path / "out", "--tokenizer", written / name)
     assert run.returncode == 0, run.stderr
     assert load_dataset(tmp_path / "out").tokenizer_fingerprint == bpe.fingerprint
 
@@ -1104,6 +1103,7 @@ MISTAKES = {
         ["--tokenizer", "/nowhere/tokenizer.json", "--files", "PAPERS"],
         "there is no tokenizer at /nowhere",
     ),
+    "a folder without": (["--tokenizer", "/", "--files", "PAPERS"], "/ has no tokenizer.json"),
     "two sizes": (["--tokenizer", "TOKENIZER", "--vocab_size", "999", "--files", "PAPERS"], "--vocab_size is 999, and"),
     "fraction": (["--val_fraction", "2", "--files", "PAPERS"], "val_fraction is 2.0"),
     "one document": (["--split", "file", "--files", "PAPERS"], r"1 document\(s\), and train and val need at least one"),

@@ -16,8 +16,16 @@ import torch
 from conftest import QUICK, ROOT, TINY, command, documents, forked, kill_at_random_moments
 from peft import PeftModel
 from test_foreign_tokenizer import llama3
+from test_tokenizer_files import gpt2
 from test_train import CPU, differences, history, kill_and_go_on, refused, state, wait_for
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import configurator
 import files
@@ -809,3 +817,43 @@ def test_a_whole_hugging_face_model_is_trained_further(llama, other_text, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(theirs(x).logits, ours(x, x)[0], atol=1e-4, rtol=1e-4)
     assert CheckpointManager.verify(tmp_path / "x") == []
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    """A GPT-2 with vocab.json and merges.txt, as it lay on the hub before there was a tokenizer.json."""
+    folder = gpt2(tmp_path_factory.mktemp("hub") / "older-gpt2")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": Tokenizer.load(folder).vocab_size, "n_positions": 64, "n_embd": 32, "n_layer": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, n_head=2, bos_token_id=None, eos_token_id=None)).save_pretrained(folder)
+    return folder
+
+
+def test_a_gpt2_without_a_tokenizer_json_is_adapted_sampled_and_compared(older, other_text, tmp_path, script):
+    out = tmp_path / "x"
+    start = ("train.py", f"model={older}", f"dataset={other_text}", f"out_dir={out}", "lora.enabled=true", *STEPS)
+    done = script(*start, "block_size=32", "max_iters=2")
+    assert done.returncode == 0, done.stderr
+    theirs, text = AutoTokenizer.from_pretrained(older), "the gradient  of \n x² <|endoftext|>"
+    again = AutoTokenizer.from_pretrained(out, tokenizer_file=str(out / "tokenizer.json"))
+    assert again(text).input_ids == theirs(text).input_ids
+    option = ("--prompt", "the gradient", "--temperature", 0, "--max_new_tokens", 5)
+    for directory in (older, older / "model.safetensors", out):
+        done = script("sample.py", directory, *option)
+        assert done.returncode == 0 and done.stdout.startswith("the gradient"), done.stderr
+    done = script("compare.py", older, out, "--data", other_text, "--max_tokens", 64, cwd=tmp_path)
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+
+
+def test_a_tokenizer_that_only_transformers_reads_is_named_with_the_remedy(older, other_text, tmp_path, script):
+    folder = copied(older, tmp_path / "sentences")
+    (folder / "merges.txt").unlink()
+    (folder / "vocab.json").rename(folder / "tokenizer.model")
+    for arguments in (
+        ("train.py", f"init_from={folder}", f"dataset={other_text}", f"out_dir={tmp_path / 'x'}", *STEPS),
+        ("sample.py", folder, "--prompt", "x"),
+        ("export.py", folder, "--to", "gguf"),
+    ):
+        done = script(*arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"{folder} has no tokenizer.json, only tokenizer.model: python -c" in done.stderr

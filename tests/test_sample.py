@@ -2,14 +2,18 @@
 
 import json
 import os
+import pickle
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import QUICK, command
+from conftest import QUICK, ROOT, command
 
 from checkpoint import CheckpointManager
 from tokenizer import Tokenizer, train_bpe
@@ -180,3 +184,44 @@ def test_a_nanogpt_checkpoint_needs_a_tokenizer_and_then_samples(trained, script
         "sample.py", tmp_path, "--prompt", "the", "--tokenizer", trained / "tokenizer.json", "--max_new_tokens", 5
     )
     assert done.returncode == 0 and done.stdout.startswith("the")
+
+
+README = (ROOT / "data" / "README.md").read_text(encoding="utf-8").split("## Characters")[-1].split("\n## ")[0]
+
+
+def test_characters_are_tokens_as_the_readme_says(script, tmp_path):
+    (tmp_path / "input.txt").write_text("ROMEO:\nIs the day so young?\n\n" * 300)
+    words = shlex.split(re.search(r"```bash\npython (.*)\n```", README)[1])
+    done = script(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = tmp_path / "data" / "characters"
+    tokenizer, text = Tokenizer.load(dataset), "".join(map(chr, range(128)))
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text)] == list(text)
+    start = (f"dataset={dataset}", f"out_dir={tmp_path / 'run'}", *QUICK, "max_iters=60", "learning_rate=0.01")
+    assert script("train.py", *start).returncode == 0
+    done = script("sample.py", tmp_path / "run", "--prompt", "ROM", "--temperature", 0, "--max_new_tokens", 6)
+    assert done.stdout.startswith("ROMEO:\nIs"), done.stderr
+
+
+def test_nanogpts_characters_are_written_out_as_the_readme_says(script, tmp_path):
+    folder, text = tmp_path / "data" / "shakespeare_char", "ROMEO:\nIs the day so young — or ♥?\n\n" * 300
+    folder.mkdir(parents=True)
+    stoi = {character: i for i, character in enumerate(sorted(set(text)))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"stoi": stoi, "itos": {i: c for c, i in stoi.items()}}))
+    for name in ("train.bin", "val.bin"):
+        np.array([stoi[character] for character in text], dtype=np.uint16).tofile(folder / name)
+    start = (f"dataset={folder}", f"out_dir={tmp_path / 'out-shakespeare-char'}", f"vocab_size={len(stoi)}")
+    done = script("train.py", *start, *QUICK, "max_iters=150", "learning_rate=0.01")
+    assert done.returncode == 0, done.stderr
+    done = script("sample.py", tmp_path / "out-shakespeare-char", "--prompt", "ROMEO:")
+    assert done.returncode == 1 and "for nanoGPT's characters there is none: data/README.md" in done.stderr
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.stdout.startswith("ROMEO:") and "♥?" in done.stdout and set(done.stdout) <= set(text), done.stderr
+    assert len(done.stdout) == len("ROMEO:") + 300 + 1

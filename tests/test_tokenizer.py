@@ -32,6 +32,7 @@ from tokenizer import EOT, Tokenizer, gpt2, train_bpe
 
 NAME = "bpe-test"
 SCRIPTS = "Straße naïve 東京は日本の首都です Привет, мир! שלום 안녕하세요 😀👩‍🔬 x² ≤ ∑ᵢ αᵢ\n"
+AROUND = {"type": "BertProcessing", "sep": ["!", 0], "cls": ["!", 0]}
 SNAPSHOT = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 # What GPT-2's split pattern and the trained merges treat specially, so that most examples reach several branches.
@@ -282,6 +283,7 @@ class TestFile:
             (lambda file: file.update(pre_tokenizer=None), "it does not cut text as GPT-2 does: not at all"),
             (lambda file: file["pre_tokenizer"].update(add_prefix_space=True), "it does not cut text as GPT-2 does"),
             (lambda file: file["pre_tokenizer"].update(use_regex=False), "it does not cut text as GPT-2 does"),
+            (lambda file: file.update(post_processor=AROUND), "it puts tokens around a text, by BertProcessing"),
             (lambda file: file["model"].update(dropout=0.1), "it leaves out merges at random"),
             (lambda file: file["model"]["vocab"].update({"!": 1, '"': 0}), "its ids are not the 256 bytes"),
             (lambda file: file["added_tokens"].append({"id": 2000, "content": "<pad>"}), "its ids are not the 256"),
