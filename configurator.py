@@ -172,7 +172,7 @@ class RunConfig:
             for k in (*at_least_one, "log_interval")
             if getattr(self, k) < 1
         ]
-        found += [f"{k} needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
+        found += [f"{k}= needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
         not_negative = ("warmup_iters", "weight_decay", "grad_clip", "save_minutes", "sample_tokens", "seed")
         found += [f"{k}={getattr(self, k)} must not be negative" for k in not_negative if getattr(self, k) < 0]
         if self.learning_rate <= 0:
@@ -189,7 +189,7 @@ class RunConfig:
         elif self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             found.append(f"muon_learning_rate={self.muon_learning_rate} must be above 0")
         if self.zero_init and self.init_from not in ("scratch", "resume"):
-            found.append(f"zero_init is for training from scratch, and init_from is {self.init_from}")
+            found.append(f"zero_init=true is for training from scratch, and not with init_from={self.init_from}")
         if self.decay_end < 1:
             found.append(f"lr_decay_iters={self.decay_end} must be at least 1")
         elif not 1 <= self.cooldown <= self.decay_end:
@@ -198,11 +198,14 @@ class RunConfig:
             found.append(
                 f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is {self.schedule}"
             )
-        for build in (lambda: self.model_config(vocab_size=1), self.lora_config):
-            try:
-                build()
-            except ValueError as error:
-                found.append(str(error))
+        try:
+            self.model_config(vocab_size=1)
+        except ValueError as error:
+            found.append(str(error))
+        try:
+            self.lora_config()
+        except ValueError as error:
+            found.append(re.sub(r"\b(rank|alpha|dropout|targets|exclude)=", r"lora_\1=", str(error)))
         return found + self._lora_problems()
 
     def _lora_problems(self) -> list[str]:
@@ -316,24 +319,33 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
         except ValueError as error:
             problems.append(f"{source}: {error}")
     config, sources = RunConfig(**values), {key: source for key, (_, source) in given.items()}
-    problems += _contradictions(config, sources)
     if config.init_from == "resume" and not config.out_dir and begun[0] not in ("scratch", "resume"):
         problems.append(
             f"the run that begins with init_from={begun[0]} ({begun[1]}) is named after it: give its out_dir"
         )
     if config.init_from != "resume":  # what was not given may yet come from the saved run: merge_resumed looks then
-        problems += config.problems()
+        problems += _problems(config, sources)
     if problems:
         raise ValueError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
     return config, sources
 
 
-def _contradictions(config: RunConfig, sources: dict[str, str]) -> list[str]:
-    """What is wrong only because it was given, and not a default."""
-    steps, source = config.gradient_accumulation_steps, sources.get("gradient_accumulation_steps")
-    if not (source and config.lora_one_micro_batch and steps > 1):
-        return []
-    return [f"{source}: gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true"]
+def _problems(config: RunConfig, sources: dict[str, str]) -> list[str]:
+    """Those of the configuration, and what is wrong only because it was given, and not a default."""
+    problems, steps = config.problems(), config.gradient_accumulation_steps
+    if "gradient_accumulation_steps" in sources and config.lora_one_micro_batch and steps > 1:
+        problems.append(f"gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true")
+    return with_sources(problems, sources)
+
+
+def with_sources(problems: list[str], sources: dict[str, str]) -> list[str]:
+    """Each sentence behind where the settings were given that it names as `name=`, unless it says that itself."""
+    told = []
+    for sentence in problems:
+        named = re.findall(r"(?<![\w.-])\w+(?==)", sentence)
+        given = dict.fromkeys(sources[key] for key in named if key in sources and sources[key] not in sentence)
+        told.append(f"{', '.join(given)}: {sentence}" if given else sentence)
+    return told
 
 
 def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
@@ -466,7 +478,7 @@ def merge_resumed(
         if new != old and effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
             (warnings if effect == "warn" else problems).append(sentence)
-    return merged, warnings, problems + _contradictions(merged, given) + merged.problems()
+    return merged, warnings, problems + _problems(merged, given)
 
 
 def help_text(config: RunConfig) -> str:

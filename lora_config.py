@@ -52,13 +52,14 @@ class LoRAConfig:
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
-        patterns = [*self.rank_pattern, *self.alpha_pattern]
-        patterns += [selection for selection in (self.targets, self.exclude) if isinstance(selection, str)]
+        patterns = {f"{pattern!r}": pattern for pattern in (*self.rank_pattern, *self.alpha_pattern)}
+        chosen = {"targets": self.targets, "exclude": self.exclude}
+        patterns |= {f"{n}={names!r}": names for n, names in chosen.items() if isinstance(names, str)}
         # type() and not isinstance(): True is an int.
         problems = [
             *(f"{n}={v!r} must be a whole number above 0" for n, v in ranks.items() if type(v) is not int or v < 1),
             *(f"{n}={v!r} must be a number above 0" for n, v in alphas.items() if not is_number(v) or not v > 0),
-            *(f"{pattern!r} is no regular expression" for pattern in patterns if not _is_regex(pattern)),
+            *(f"{name} is no regular expression" for name, pattern in patterns.items() if not _is_regex(pattern)),
         ]
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r} must be at least 0 and below 1")

@@ -15,7 +15,7 @@ import families
 import files
 import lora
 from checkpoint import CheckpointManager
-from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
+from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed, with_sources
 from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from distributed import Ranks
@@ -51,7 +51,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     """
     if config.init_from == "resume":
         return _resume(config, given, ranks)
-    _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
+    _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [], given)
     model = tokenizer = base = None
     if config.init_from != "scratch":
         config, base_name = located(config)
@@ -87,7 +87,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         + occupied(directory)
         + disk_problems(directory, trainable, config.lora)
     )
-    _raise_all(problems)
+    _raise_all(problems, given)
     if config.lora:
         base = CheckpointManager.base_reference(config.init_from, directory) | {"given": base_name}
         if base["sha256"] != expected:
@@ -143,7 +143,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             f"the saved run computed with {state['threads']} threads and this one has {torch.get_num_threads()}: sums "
             "are rounded otherwise"
         )
-    _raise_all(problems)
+    _raise_all(problems, given)
     base = None
     if config.lora:
         model, base = CheckpointManager.load_base(directory, config.base or None, mapped=ranks.size > 1)
@@ -189,9 +189,10 @@ def adapt(model: GPT, config: RunConfig) -> list[str]:
     return notes
 
 
-def _raise_all(problems: list[str]) -> None:
+def _raise_all(problems: list[str], given: dict[str, str]) -> None:
     if problems:
-        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+        lines = (f"  - {problem}" for problem in with_sources(problems, given))
+        raise ValueError("this run cannot start:\n" + "\n".join(lines))
 
 
 def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
@@ -216,7 +217,7 @@ def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -
         raise ValueError(f"{source} is a LoRA directory: merge it first (python merge_lora.py {source})")
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
     problems = [
-        f"{key}={getattr(config, key)} ({given[key]}) is not what {source} has, {getattr(model.config, key)}"
+        f"{key}={getattr(config, key)} is not what {source} has, {getattr(model.config, key)}"
         for key in shape
         if key in given and getattr(config, key) not in (None, getattr(model.config, key))
     ]
@@ -224,8 +225,8 @@ def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -
     if "preset" in given and any(
         getattr(preset, key) != getattr(model.config, key) for key in shape if key not in given
     ):
-        problems.append(f"preset={config.preset} ({given['preset']}) is another architecture than {source} has")
-    _raise_all(problems)
+        problems.append(f"preset={config.preset} is another architecture than {source} has")
+    _raise_all(problems, given)
     return reshaped(model, config.block_size if model.config.block == "gpt2" else None, config.dropout)
 
 
@@ -298,7 +299,7 @@ def occupied(directory: Path) -> list[str]:
 def check_unchanged(start: Start) -> None:
     """Once the directory is locked: raise ValueError if another run has written to it since `start` was prepared."""
     if start.state is None:
-        _raise_all(occupied(start.directory))
+        _raise_all(occupied(start.directory), {})
     elif read_about(start.directory)["iter_num"] != start.state["iter_num"]:
         raise ValueError(f"another run has just saved to {start.directory}: start again to go on from there")
 

@@ -119,14 +119,47 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
         ("preset=smal", "did you mean small?"),
         ("bias=1", "bias=1 must be true or false"),
-        ("dataset=", "dataset needs a value"),
-        ("init_from=", "init_from needs a value"),
+        ("dataset=", "argument dataset=: dataset= needs a value"),
+        ("init_from=", "argument init_from=: init_from= needs a value"),
         ("nofile.py", "nofile.py: no such configuration file"),
         ("=3", "there is no setting ''"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
     assert words in refusal(argument)
+
+
+def test_what_cannot_be_together_is_told_with_where_each_of_it_was_given(tmp_path):
+    text = 'config = {\n  "batch_size": 0,\n  "n_head": 7,\n  "min_lr": 1.0,\n  "lora": {"r": 0, "dropout": 2},\n}'
+    file = write(tmp_path / "c.py", text)
+    message = refusal(file, "n_embd=321", "dropout=0.1", "zero_init=true", "model=x")
+    for line in (
+        f"{file}:2: batch_size=0 must be at least 1",
+        f"{file}:4: min_lr=1.0 must lie between 0 and learning_rate=0.001",
+        f"argument n_embd=321, {file}:3: impossible model: n_embd=321 must be a multiple of n_head=7",
+        f"{file}:5: impossible LoRA: lora_rank=0 must be a whole number above 0; lora_dropout=2.0 must be at least 0 "
+        "and below 1",
+        f"{file}:5: lora_rank=0 means nothing without lora=true",
+        "argument zero_init=true, argument model=x: zero_init=true is for training from scratch, and not with "
+        "init_from=x",
+    ):
+        assert f"  - {line}\n" in message
+    message = refusal("lora=true", "init_from=x", "lora_one_micro_batch=true", "lora.targets=(", file)
+    assert "argument lora.targets=(: impossible LoRA: " in message and "lora_targets='(' is no regular exp" in message
+    contradiction = refusal("lora=true", "init_from=x", "lora_one_micro_batch=true", "gradient_accumulation_steps=2")
+    given = "argument gradient_accumulation_steps=2, argument lora_one_micro_batch=true: gradient_accumulation_steps=2"
+    assert f"{given} contradicts lora_one_micro_batch=true" in contradiction
+
+
+def test_and_so_it_is_when_a_run_goes_on():
+    config, given = load(["init_from=resume", "n_head=7", "min_lr=1", "batch_size=0"])
+    problems = merge_resumed(config, given, vars(RunConfig()) | {"n_head": 5})[2]
+    assert problems == [
+        "n_head was 5 in the saved run and is 7 now (argument n_head=7)",
+        "argument batch_size=0: batch_size=0 must be at least 1",
+        "argument min_lr=1: min_lr=1.0 must lie between 0 and learning_rate=0.001",
+        "argument n_head=7: impossible model: n_embd=320 must be a multiple of n_head=7",
+    ]
 
 
 def test_of_several_processes_on_a_machine_one_tells_what_is_wrong(monkeypatch):

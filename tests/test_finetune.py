@@ -291,8 +291,8 @@ def test_the_convention_names_what_comes_out(base):
         (("lora.r=0",), ["rank=0 must be a whole number above 0"]),
         (("lora=false", "lora_dropout=0.1"), ["lora_rank=4 means nothing without lora=true", "lora_dropout=0.1 means"]),
         (("init_from=scratch",), ["lora=true adapts a model that exists"]),
-        (("base=x",), ["base=x is for resuming a LoRA run"]),
-        (("n_layer=3",), ["n_layer=3", "is not what"]),
+        (("base=x",), ["argument base=x: base=x is for resuming a LoRA run"]),
+        (("n_layer=3",), ["argument n_layer=3: n_layer=3 is not what"]),
         (("lora_one_micro_batch=true", "gradient_accumulation_steps=2"), ["contradicts lora_one_micro_batch=true"]),
     ],
 )
