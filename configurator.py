@@ -12,6 +12,7 @@ are gathered and reported together, each with its source and the nearest valid n
 
 import ast
 import difflib
+import math
 import os
 import re
 import runpy
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from architecture import GPTConfig
-from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
+from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig, usual_alpha
 from mesh import Mesh
 
 
@@ -231,6 +232,13 @@ class RunConfig:
     @property
     def final_lr(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    def filled(self) -> "RunConfig":
+        """With what the settings stand for that are None and need no model to say it."""
+        rates = {"min_lr": self.final_lr, "muon_learning_rate": self.muon_learning_rate or self.learning_rate}
+        steps = {"lr_decay_iters": self.decay_end, "cooldown_iters": self.cooldown}
+        alpha = usual_alpha(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+        return replace(self, **rates, **steps, lora_alpha=alpha)
 
     def lora_config(self) -> LoRAConfig:
         targets, exclude = map(_selection, (self.lora_targets, self.lora_exclude))
@@ -465,17 +473,18 @@ def merge_resumed(
 
     Returns it with (warnings, problems): one sentence for each given setting that differs and matters.
     """
-    values = {key: saved[key] for key in FIELDS if key in saved} | {key: getattr(config, key) for key in given}
-    merged = RunConfig(**{**values, "init_from": saved["init_from"]})  # "resume" is not how a run begins
-    warnings, problems = [], []
-    for key, source in given.items():
-        new, old, effect = getattr(merged, key), saved.get(key), FIELDS[key].metadata["resume"]
-        if new == "auto" and effect == "warn" and old is not None:  # what it was found to be
+    before = RunConfig(**{key: saved[key] for key in FIELDS if key in saved})
+    changes = {key: getattr(config, key) for key in given if key != "init_from"}  # "resume" is not how a run begins
+    merged, warnings, problems = replace(before, **changes), [], []
+    for key in (key for key in changes if changes[key] != getattr(before, key)):
+        source, effect = given[key], FIELDS[key].metadata["resume"]
+        new, old = (getattr(run.filled(), key) for run in (merged, before))
+        if new == old or (isinstance(new, float) and math.isclose(new, old)):  # what None stood for, to the last bit
             merged = replace(merged, **{key: old})
-            if old != "auto":
-                warnings.append(f"{key}=auto ({source}) is what it was when the run began, {old}")
-            continue
-        if new != old and effect != "free":
+        elif new == "auto" and effect == "warn":  # what it was found to be
+            merged = replace(merged, **{key: old})
+            warnings.append(f"{key}=auto ({source}) is what it was when the run began, {old}")
+        elif effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
             (warnings if effect == "warn" else problems).append(sentence)
     return merged, warnings, problems + _problems(merged, given)

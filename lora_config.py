@@ -39,7 +39,7 @@ class LoRAConfig:
     """
 
     rank: int = 8
-    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes 2 * rank
+    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes usual_alpha
     dropout: float = 0.0  # on what an adapter reads, while training; token ids have none
     targets: str | Collection[str] = ALL_LINEAR
     exclude: str | Collection[str] = ()
@@ -70,7 +70,7 @@ class LoRAConfig:
         if problems:
             raise ValueError("impossible LoRA: " + "; ".join(problems))
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.rank)
+            object.__setattr__(self, "alpha", usual_alpha(self.rank))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "LoRAConfig":
@@ -91,6 +91,10 @@ class LoRAConfig:
         if problems:
             raise ValueError("; ".join(problems))
         return config
+
+
+def usual_alpha(rank: int) -> int:
+    return 2 * rank
 
 
 def is_number(value: Any) -> bool:

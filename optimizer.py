@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     if not inner:
         return adamw
-    rate = config.muon_learning_rate or config.learning_rate
+    rate = config.filled().muon_learning_rate
     muon = torch.optim.Muon(inner, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     muon.param_groups[0]["relative"] = rate / config.learning_rate
     return Together(adamw, muon)

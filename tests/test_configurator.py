@@ -228,6 +228,25 @@ def test_a_resumed_run_keeps_what_was_saved_except_what_is_given():
     assert problems == ["n_layer was 5 in the saved run and is 6 now (argument n_layer=6)"]
 
 
+def test_giving_a_resumed_run_the_value_that_was_in_force_changes_nothing():
+    settings = ["init_from=x", "lora=true", "lora_rank=4", "schedule=wsd", "optimizer=muon", "max_iters=600"]
+    began = load([*settings, "learning_rate=3e-4"])[0]
+    same = ("lora_alpha=8", "min_lr=3e-5", "lr_decay_iters=600", "cooldown_iters=120", "muon_learning_rate=3e-4")
+    config, given = load(["init_from=resume", *same])
+    merged, warnings, problems = merge_resumed(config, given, vars(began))
+    assert warnings == problems == [] and merged.filled() == began.filled()
+    assert merged.lora_config() == began.lora_config() and merged.min_lr == 3e-4 / 10 != 3e-5
+
+    config, given = load(["init_from=resume", "lora_alpha=9", "min_lr=1e-5", "lr_decay_iters=600", "max_iters=700"])
+    merged, warnings, problems = merge_resumed(config, given, vars(began))
+    assert problems == ["lora_alpha was 8 in the saved run and is 9.0 now (argument lora_alpha=9)"]
+    assert warnings == [
+        f"min_lr was {3e-4 / 10} in the saved run and is 1e-05 now (argument min_lr=1e-5)",
+        "max_iters was 600 in the saved run and is 700 now (argument max_iters=700)",
+    ]
+    assert merged.lr_decay_iters == 600
+
+
 def test_help_shows_every_setting_with_the_value_in_force():
     config, _ = load(["max_iters=7", "warmup_iters=2"])
     text = configurator.help_text(config)
