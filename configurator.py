@@ -139,7 +139,7 @@ class RunConfig:
     )
     warmup_iters: int = setting(100, "steps of linear warm-up from 0", resume="warn")
     lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; unset: max_iters", resume="warn")
-    cooldown_iters: int | None = setting(None, "wsd's linear end; unset: a fifth of lr_decay_iters", resume="warn")
+    cooldown_iters: int | None = setting(None, "wsd's linear end; unset: 1/5 of lr_decay_iters at most", resume="warn")
     weight_decay: float = setting(0.1, "on matrices; vectors (norms, biases) have none", resume="warn")
     beta1: float = setting(0.9, "AdamW's first moment", resume="warn")
     beta2: float = setting(0.95, "AdamW's second moment", resume="warn")
@@ -167,12 +167,9 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """What cannot be, whatever the data: one sentence each."""
-        at_least_one = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters")
-        found = [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in (*at_least_one, "log_interval")
-            if getattr(self, k) < 1
-        ]
+        steps = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters")
+        at_least_one = {k: getattr(self, k) for k in (*steps, "log_interval", "lr_decay_iters", "cooldown_iters")}
+        found = [f"{k}={v} must be at least 1" for k, v in at_least_one.items() if v is not None and v < 1]
         found += [f"{k}= needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
         not_negative = ("warmup_iters", "weight_decay", "grad_clip", "save_minutes", "sample_tokens", "seed")
         found += [f"{k}={getattr(self, k)} must not be negative" for k in not_negative if getattr(self, k) < 0]
@@ -191,14 +188,13 @@ class RunConfig:
             found.append(f"muon_learning_rate={self.muon_learning_rate} must be above 0")
         if self.zero_init and self.init_from not in ("scratch", "resume"):
             found.append(f"zero_init=true is for training from scratch, and not with init_from={self.init_from}")
-        if self.decay_end < 1:
-            found.append(f"lr_decay_iters={self.decay_end} must be at least 1")
-        elif not 1 <= self.cooldown <= self.decay_end:
-            found.append(f"cooldown_iters={self.cooldown} must lie between 1 and lr_decay_iters={self.decay_end}")
-        elif self.cooldown_iters is not None and self.schedule != "wsd":
-            found.append(
-                f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is {self.schedule}"
-            )
+        end = f"max_iters={self.max_iters}" if self.lr_decay_iters is None else f"lr_decay_iters={self.lr_decay_iters}"
+        if self.cooldown_iters is not None and self.schedule != "wsd":
+            found.append(f"cooldown_iters={self.cooldown} belongs to schedule=wsd, and schedule is {self.schedule}")
+        elif self.cooldown_iters is not None and self.warmup_iters + self.cooldown > self.decay_end:
+            found.append(f"warmup_iters={self.warmup_iters} and cooldown_iters={self.cooldown} do not fit into {end}")
+        elif self.warmup_iters >= self.decay_end and self.decay_end < self.max_iters:
+            found.append(f"warmup_iters={self.warmup_iters} must end before the decay does, at {end}")
         try:
             self.model_config(vocab_size=1)
         except ValueError as error:
@@ -227,7 +223,8 @@ class RunConfig:
 
     @property
     def cooldown(self) -> int:
-        return max(1, self.decay_end // 5) if self.cooldown_iters is None else self.cooldown_iters
+        room = self.decay_end - self.warmup_iters
+        return max(1, min(self.decay_end // 5, room)) if self.cooldown_iters is None else self.cooldown_iters
 
     @property
     def final_lr(self) -> float:

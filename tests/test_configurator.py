@@ -116,7 +116,10 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("beta2=1", "beta2=1.0"),
         ("min_lr=1", "min_lr=1.0 must lie between 0 and learning_rate=0.001"),
         ("lr_decay_iters=0", "lr_decay_iters=0 must be at least 1"),
+        ("max_iters=0", "argument max_iters=0: max_iters=0 must be at least 1"),
+        ("cooldown_iters=0", "cooldown_iters=0 must be at least 1"),
         ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
+        ("lr_decay_iters=100", "warmup_iters=100 must end before the decay does, at lr_decay_iters=100"),
         ("preset=smal", "did you mean small?"),
         ("bias=1", "bias=1 must be true or false"),
         ("dataset=", "argument dataset=: dataset= needs a value"),
@@ -160,6 +163,17 @@ def test_and_so_it_is_when_a_run_goes_on():
         "argument min_lr=1: min_lr=1.0 must lie between 0 and learning_rate=0.001",
         "argument n_head=7: impossible model: n_embd=320 must be a multiple of n_head=7",
     ]
+
+
+def test_the_warm_up_and_a_cooldown_that_is_asked_for_fit_into_the_schedule():
+    wsd = ("schedule=wsd", "warmup_iters=8", "cooldown_iters=8")
+    given = "argument warmup_iters=8, argument cooldown_iters=8"
+    short = f"{given}, argument max_iters=15: warmup_iters=8 and cooldown_iters=8 do not fit into max_iters=15"
+    assert short in refusal(*wsd, "max_iters=15")
+    assert "cooldown_iters=8 do not fit into lr_decay_iters=10" in refusal(*wsd, "lr_decay_iters=10")
+    assert "warmup_iters=100 and cooldown_iters=8 do not fit into max_iters=20" in refusal(*wsd[::2], "max_iters=20")
+    assert load([*wsd, "max_iters=16"])[0].cooldown == 8
+    assert [load([*wsd[:1], f"max_iters={n}"])[0].cooldown for n in (20, 110, 125, 1000)] == [1, 10, 25, 200]
 
 
 def test_of_several_processes_on_a_machine_one_tells_what_is_wrong(monkeypatch):

@@ -440,6 +440,8 @@ def test_the_schedules_warm_up_decay_and_end_where_they_say():
     wsd = replace(config, schedule="wsd", cooldown_iters=20, min_lr=0.0)
     rates = [learning_rate(step, wsd) for step in range(101)]
     assert set(rates[10:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[100] == 0.0
+    short = replace(wsd, warmup_iters=90, cooldown_iters=None)  # which leaves less than a fifth
+    assert [learning_rate(step, short) for step in (89, 90, 95, 100)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
 
 
 def test_weight_decay_is_on_matrices_only(dataset, tmp_path):
