@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import families
 import files
@@ -23,7 +24,7 @@ from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, count_parameters, on_meta
 from model_directory import only_base_of, read_about, strange_files
 from naming import ModelName, size_label
-from optimizer import start_branches_at_zero
+from optimizer import inner_matrices, start_branches_at_zero
 from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
 from weights import build_model, reshaped
@@ -81,6 +82,9 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         notes += adapt(model, config) if config.lora else []
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
+    if config.lora and config.optimizer == "muon" and not inner_matrices(model):
+        targets = f"lora_targets={config.lora_targets}"
+        problems.append(f"optimizer=muon is for matrices inside the blocks, and {targets} lets none of them train")
     trainable = lora.count_adapter_parameters(model) if config.lora else count_parameters(architecture)
     problems += (
         rank_problems(config, architecture, ranks)
@@ -186,6 +190,8 @@ def adapt(model: GPT, config: RunConfig) -> list[str]:
         notes.append(
             "lora_untie=true unties nothing: no layer of lora_targets shares its weight (all leaves these out)"
         )
+    if config.lora_dropout and all(isinstance(model.get_submodule(path), nn.Embedding) for path in report.matched):
+        notes.append(f"lora_dropout={config.lora_dropout} drops nothing: token ids, all that is read here, have none")
     return notes
 
 
