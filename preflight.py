@@ -174,8 +174,12 @@ def _to_resume(config: RunConfig, ranks: Ranks) -> Path:
         return files.expanded(config.out_dir)
     if config.lora:
         raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
+    models, name = Path("models"), conventional_name(config.model_config(vocab_size=1), config)
+    of_any_size = f"{name.architecture}-*-{name.dataset}-{name.training_type}"
+    if not any(models.glob(of_any_size)):  # to know the size, the dataset may have to be prepared
+        raise FileNotFoundError(f"there is no {models / of_any_size} to go on with: say which run with --out_dir")
     vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks=ranks))
-    return Path("models") / str(conventional_name(config.model_config(vocab_size), config))
+    return models / str(conventional_name(config.model_config(vocab_size), config))
 
 
 def adapt(model: GPT, config: RunConfig) -> list[str]:
