@@ -506,5 +506,6 @@ def help_text(config: RunConfig) -> str:
         "  python train.py config/finetune_lora.py model=gpt2-offline    another one, by its name\n"
         "  torchrun --nproc_per_node=2 train.py FILE                  several processes, each with all of the model\n"
         '  torchrun --nproc_per_node=4 train.py FILE --mesh_shape=\'[[2,2],["fsdp","tp"]]\'    in shares\n\n'
-        "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
+        "Settings, with what file and arguments make of them; on resume the others are as they were saved:\n\n"
+        + "\n".join(rows)
     )

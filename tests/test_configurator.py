@@ -268,6 +268,7 @@ def test_help_shows_every_setting_with_the_value_in_force():
         assert re.search(rf"^  {name} \(\w+\) = ", text, re.M), name
         assert " ".join(f.metadata["help"].split()) in " ".join(text.split())
     assert "max_iters (int) = 7 (default 1000)" in text
+    assert "on resume the others are as they were saved:" in text
 
 
 # ---- LoRA's settings and their other spellings
