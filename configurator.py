@@ -12,6 +12,7 @@ are gathered and reported together, each with its source and the nearest valid n
 
 import ast
 import difflib
+import math
 import os
 import re
 import runpy
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from architecture import GPTConfig
-from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig
+from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig, usual_alpha
 from mesh import Mesh
 
 
@@ -138,7 +139,7 @@ class RunConfig:
     )
     warmup_iters: int = setting(100, "steps of linear warm-up from 0", resume="warn")
     lr_decay_iters: int | None = setting(None, "step at which min_lr is reached; unset: max_iters", resume="warn")
-    cooldown_iters: int | None = setting(None, "wsd's linear end; unset: a fifth of lr_decay_iters", resume="warn")
+    cooldown_iters: int | None = setting(None, "wsd's linear end; unset: 1/5 of lr_decay_iters at most", resume="warn")
     weight_decay: float = setting(0.1, "on matrices; vectors (norms, biases) have none", resume="warn")
     beta1: float = setting(0.9, "AdamW's first moment", resume="warn")
     beta2: float = setting(0.95, "AdamW's second moment", resume="warn")
@@ -166,13 +167,10 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """What cannot be, whatever the data: one sentence each."""
-        at_least_one = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters")
-        found = [
-            f"{k}={getattr(self, k)} must be at least 1"
-            for k in (*at_least_one, "log_interval")
-            if getattr(self, k) < 1
-        ]
-        found += [f"{k} needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
+        steps = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters")
+        at_least_one = {k: getattr(self, k) for k in (*steps, "log_interval", "lr_decay_iters", "cooldown_iters")}
+        found = [f"{k}={v} must be at least 1" for k, v in at_least_one.items() if v is not None and v < 1]
+        found += [f"{k}= needs a value" for k in ("init_from", "dataset") if not getattr(self, k)]
         not_negative = ("warmup_iters", "weight_decay", "grad_clip", "save_minutes", "sample_tokens", "seed")
         found += [f"{k}={getattr(self, k)} must not be negative" for k in not_negative if getattr(self, k) < 0]
         if self.learning_rate <= 0:
@@ -189,20 +187,22 @@ class RunConfig:
         elif self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             found.append(f"muon_learning_rate={self.muon_learning_rate} must be above 0")
         if self.zero_init and self.init_from not in ("scratch", "resume"):
-            found.append(f"zero_init is for training from scratch, and init_from is {self.init_from}")
-        if self.decay_end < 1:
-            found.append(f"lr_decay_iters={self.decay_end} must be at least 1")
-        elif not 1 <= self.cooldown <= self.decay_end:
-            found.append(f"cooldown_iters={self.cooldown} must lie between 1 and lr_decay_iters={self.decay_end}")
-        elif self.cooldown_iters is not None and self.schedule != "wsd":
-            found.append(
-                f"cooldown_iters={self.cooldown_iters} belongs to schedule=wsd, and schedule is {self.schedule}"
-            )
-        for build in (lambda: self.model_config(vocab_size=1), self.lora_config):
-            try:
-                build()
-            except ValueError as error:
-                found.append(str(error))
+            found.append(f"zero_init=true is for training from scratch, and not with init_from={self.init_from}")
+        end = f"max_iters={self.max_iters}" if self.lr_decay_iters is None else f"lr_decay_iters={self.lr_decay_iters}"
+        if self.cooldown_iters is not None and self.schedule != "wsd":
+            found.append(f"cooldown_iters={self.cooldown} belongs to schedule=wsd, and schedule is {self.schedule}")
+        elif self.cooldown_iters is not None and self.warmup_iters + self.cooldown > self.decay_end:
+            found.append(f"warmup_iters={self.warmup_iters} and cooldown_iters={self.cooldown} do not fit into {end}")
+        elif self.warmup_iters >= self.decay_end and self.decay_end < self.max_iters:
+            found.append(f"warmup_iters={self.warmup_iters} must end before the decay does, at {end}")
+        try:
+            self.model_config(vocab_size=1)
+        except ValueError as error:
+            found.append(str(error))
+        try:
+            self.lora_config()
+        except ValueError as error:
+            found.append(re.sub(r"\b(rank|alpha|dropout|targets|exclude)=", r"lora_\1=", str(error)))
         return found + self._lora_problems()
 
     def _lora_problems(self) -> list[str]:
@@ -223,11 +223,19 @@ class RunConfig:
 
     @property
     def cooldown(self) -> int:
-        return max(1, self.decay_end // 5) if self.cooldown_iters is None else self.cooldown_iters
+        room = self.decay_end - self.warmup_iters
+        return max(1, min(self.decay_end // 5, room)) if self.cooldown_iters is None else self.cooldown_iters
 
     @property
     def final_lr(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    def filled(self) -> "RunConfig":
+        """With what the settings stand for that are None and need no model to say it."""
+        rates = {"min_lr": self.final_lr, "muon_learning_rate": self.muon_learning_rate or self.learning_rate}
+        steps = {"lr_decay_iters": self.decay_end, "cooldown_iters": self.cooldown}
+        alpha = usual_alpha(self.lora_rank) if self.lora_alpha is None else self.lora_alpha
+        return replace(self, **rates, **steps, lora_alpha=alpha)
 
     def lora_config(self) -> LoRAConfig:
         targets, exclude = map(_selection, (self.lora_targets, self.lora_exclude))
@@ -316,24 +324,33 @@ def load(arguments: list[str]) -> tuple[RunConfig, dict[str, str]]:
         except ValueError as error:
             problems.append(f"{source}: {error}")
     config, sources = RunConfig(**values), {key: source for key, (_, source) in given.items()}
-    problems += _contradictions(config, sources)
     if config.init_from == "resume" and not config.out_dir and begun[0] not in ("scratch", "resume"):
         problems.append(
             f"the run that begins with init_from={begun[0]} ({begun[1]}) is named after it: give its out_dir"
         )
     if config.init_from != "resume":  # what was not given may yet come from the saved run: merge_resumed looks then
-        problems += config.problems()
+        problems += _problems(config, sources)
     if problems:
         raise ValueError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
     return config, sources
 
 
-def _contradictions(config: RunConfig, sources: dict[str, str]) -> list[str]:
-    """What is wrong only because it was given, and not a default."""
-    steps, source = config.gradient_accumulation_steps, sources.get("gradient_accumulation_steps")
-    if not (source and config.lora_one_micro_batch and steps > 1):
-        return []
-    return [f"{source}: gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true"]
+def _problems(config: RunConfig, sources: dict[str, str]) -> list[str]:
+    """Those of the configuration, and what is wrong only because it was given, and not a default."""
+    problems, steps = config.problems(), config.gradient_accumulation_steps
+    if "gradient_accumulation_steps" in sources and config.lora_one_micro_batch and steps > 1:
+        problems.append(f"gradient_accumulation_steps={steps} contradicts lora_one_micro_batch=true")
+    return with_sources(problems, sources)
+
+
+def with_sources(problems: list[str], sources: dict[str, str]) -> list[str]:
+    """Each sentence behind where the settings were given that it names as `name=`, unless it says that itself."""
+    told = []
+    for sentence in problems:
+        named = re.findall(r"(?<![\w.-])\w+(?==)", sentence)
+        given = dict.fromkeys(sources[key] for key in named if key in sources and sources[key] not in sentence)
+        told.append(f"{', '.join(given)}: {sentence}" if given else sentence)
+    return told
 
 
 def _read_file(path: str, problems: list[str]) -> list[tuple[str, Any, str]]:
@@ -453,20 +470,21 @@ def merge_resumed(
 
     Returns it with (warnings, problems): one sentence for each given setting that differs and matters.
     """
-    values = {key: saved[key] for key in FIELDS if key in saved} | {key: getattr(config, key) for key in given}
-    merged = RunConfig(**{**values, "init_from": saved["init_from"]})  # "resume" is not how a run begins
-    warnings, problems = [], []
-    for key, source in given.items():
-        new, old, effect = getattr(merged, key), saved.get(key), FIELDS[key].metadata["resume"]
-        if new == "auto" and effect == "warn" and old is not None:  # what it was found to be
+    before = RunConfig(**{key: saved[key] for key in FIELDS if key in saved})
+    changes = {key: getattr(config, key) for key in given if key != "init_from"}  # "resume" is not how a run begins
+    merged, warnings, problems = replace(before, **changes), [], []
+    for key in (key for key in changes if changes[key] != getattr(before, key)):
+        source, effect = given[key], FIELDS[key].metadata["resume"]
+        new, old = (getattr(run.filled(), key) for run in (merged, before))
+        if new == old or (isinstance(new, float) and math.isclose(new, old)):  # what None stood for, to the last bit
             merged = replace(merged, **{key: old})
-            if old != "auto":
-                warnings.append(f"{key}=auto ({source}) is what it was when the run began, {old}")
-            continue
-        if new != old and effect != "free":
+        elif new == "auto" and effect == "warn":  # what it was found to be
+            merged = replace(merged, **{key: old})
+            warnings.append(f"{key}=auto ({source}) is what it was when the run began, {old}")
+        elif effect != "free":
             sentence = f"{key} was {old!r} in the saved run and is {new!r} now ({source})"
             (warnings if effect == "warn" else problems).append(sentence)
-    return merged, warnings, problems + _contradictions(merged, given) + merged.problems()
+    return merged, warnings, problems + _problems(merged, given)
 
 
 def help_text(config: RunConfig) -> str:
@@ -488,5 +506,6 @@ def help_text(config: RunConfig) -> str:
         "  python train.py config/finetune_lora.py model=gpt2-offline    another one, by its name\n"
         "  torchrun --nproc_per_node=2 train.py FILE                  several processes, each with all of the model\n"
         '  torchrun --nproc_per_node=4 train.py FILE --mesh_shape=\'[[2,2],["fsdp","tp"]]\'    in shares\n\n'
-        "Settings, with the values they have after the file and arguments given here:\n\n" + "\n".join(rows)
+        "Settings, with what file and arguments make of them; on resume the others are as they were saved:\n\n"
+        + "\n".join(rows)
     )

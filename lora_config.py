@@ -39,7 +39,7 @@ class LoRAConfig:
     """
 
     rank: int = 8
-    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes 2 * rank
+    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes usual_alpha
     dropout: float = 0.0  # on what an adapter reads, while training; token ids have none
     targets: str | Collection[str] = ALL_LINEAR
     exclude: str | Collection[str] = ()
@@ -52,13 +52,14 @@ class LoRAConfig:
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
-        patterns = [*self.rank_pattern, *self.alpha_pattern]
-        patterns += [selection for selection in (self.targets, self.exclude) if isinstance(selection, str)]
+        patterns = {f"{pattern!r}": pattern for pattern in (*self.rank_pattern, *self.alpha_pattern)}
+        chosen = {"targets": self.targets, "exclude": self.exclude}
+        patterns |= {f"{n}={names!r}": names for n, names in chosen.items() if isinstance(names, str)}
         # type() and not isinstance(): True is an int.
         problems = [
             *(f"{n}={v!r} must be a whole number above 0" for n, v in ranks.items() if type(v) is not int or v < 1),
             *(f"{n}={v!r} must be a number above 0" for n, v in alphas.items() if not is_number(v) or not v > 0),
-            *(f"{pattern!r} is no regular expression" for pattern in patterns if not _is_regex(pattern)),
+            *(f"{name} is no regular expression" for name, pattern in patterns.items() if not _is_regex(pattern)),
         ]
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout!r} must be at least 0 and below 1")
@@ -69,7 +70,7 @@ class LoRAConfig:
         if problems:
             raise ValueError("impossible LoRA: " + "; ".join(problems))
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.rank)
+            object.__setattr__(self, "alpha", usual_alpha(self.rank))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "LoRAConfig":
@@ -90,6 +91,10 @@ class LoRAConfig:
         if problems:
             raise ValueError("; ".join(problems))
         return config
+
+
+def usual_alpha(rank: int) -> int:
+    return 2 * rank
 
 
 def is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import configurator
 import files
 
 WEIGHTS = "ckpt.pt"
@@ -87,7 +88,9 @@ def locate(path: str | Path) -> tuple[Path, str]:
     if not directory.is_dir():
         near = sorted({p.parent.name for file in (WEIGHTS, files.MARKER) for p in directory.parent.glob(f"*/{file}")})
         raise FileNotFoundError(
-            f"there is no model directory {directory}" + (f"; beside it: {', '.join(near)}" if near else "")
+            f"there is no model directory {directory}"
+            + (f"; beside it: {', '.join(near)}" if near else "")
+            + "".join(f"; python train.py config/{file.name} makes it" for file in _makers(directory))
         )
     return directory, name
 
@@ -95,6 +98,17 @@ def locate(path: str | Path) -> tuple[Path, str]:
 def holds_adapter(directory: Path) -> bool:
     """Whether an adapter in PEFT's format lies in a folder itself, as in `adapters/` of a LoRA directory."""
     return (directory / Path(ADAPTER_CONFIG).name).is_file()
+
+
+def _makers(directory: Path) -> list[Path]:
+    """The shipped configurations whose runs land in `directory`."""
+    found = []
+    for file in sorted((Path(__file__).resolve().parent / "config").glob("*.py")):
+        with contextlib.suppress(ValueError):  # somebody's own, which cannot be used
+            out = configurator.load([str(file)])[0].out_dir
+            if out and Path(out).absolute() == directory.absolute():
+                found.append(file)
+    return found
 
 
 def read_about(directory: Path) -> dict[str, Any] | None:

@@ -44,9 +44,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     2025, arXiv 2502.16982, equation 4), so that rates and weight decay mean the same to both.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    inner = []
-    if config.optimizer == "muon":
-        inner = [p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2]
+    inner = inner_matrices(model) if config.optimizer == "muon" else []
     chosen = {id(p) for p in inner}
     rest = [p for p in trained if id(p) not in chosen]
     groups = [
@@ -56,10 +54,15 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     if not inner:
         return adamw
-    rate = config.muon_learning_rate or config.learning_rate
+    rate = config.filled().muon_learning_rate
     muon = torch.optim.Muon(inner, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     muon.param_groups[0]["relative"] = rate / config.learning_rate
     return Together(adamw, muon)
+
+
+def inner_matrices(model: GPT) -> list[nn.Parameter]:
+    """The matrices inside the blocks that train: those for Muon."""
+    return [p for p in model.blocks.parameters() if p.requires_grad and p.dim() == 2]
 
 
 def load_moments(optimizer: torch.optim.Optimizer | Together, state: dict[str, Any]) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import families
 import files
 import lora
 from checkpoint import CheckpointManager
-from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed
+from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed, with_sources
 from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from distributed import Ranks
@@ -22,7 +23,7 @@ from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig, count_parameters, on_meta
 from model_directory import locate, only_base_of, read_about, strange_files
 from naming import ModelName, size_label
-from optimizer import start_branches_at_zero
+from optimizer import inner_matrices, start_branches_at_zero
 from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
 from tokenizer_files import no_tokenizer
@@ -51,7 +52,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     """
     if config.init_from == "resume":
         return _resume(config, given, ranks)
-    _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [])
+    _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [], given)
     model = tokenizer = base = None
     if config.init_from != "scratch":
         config, base_name = located(config)
@@ -81,13 +82,16 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
         notes += adapt(model, config) if config.lora else []
     except ValueError as error:
         problems.append(str(error).replace("untie=True", "lora_untie=true"))
+    if config.lora and config.optimizer == "muon" and not inner_matrices(model):
+        targets = f"lora_targets={config.lora_targets}"
+        problems.append(f"optimizer=muon is for matrices inside the blocks, and {targets} lets none of them train")
     trainable = lora.count_adapter_parameters(model) if config.lora else count_parameters(architecture)
     problems += (
         rank_problems(config, architecture, ranks)
         + occupied(directory)
         + disk_problems(directory, trainable, config.lora)
     )
-    _raise_all(problems)
+    _raise_all(problems, given)
     if config.lora:
         base = CheckpointManager.base_reference(config.init_from, directory) | {"given": base_name}
         if base["sha256"] != expected:
@@ -143,7 +147,7 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
             f"the saved run computed with {state['threads']} threads and this one has {torch.get_num_threads()}: sums "
             "are rounded otherwise"
         )
-    _raise_all(problems)
+    _raise_all(problems, given)
     base = None
     if config.lora:
         model, base = CheckpointManager.load_base(directory, config.base or None, mapped=ranks.size > 1)
@@ -170,8 +174,12 @@ def _to_resume(config: RunConfig, ranks: Ranks) -> Path:
         return files.expanded(config.out_dir)
     if config.lora:
         raise ValueError("a LoRA run's name follows from its base: say which run with --out_dir")
+    models, name = Path("models"), conventional_name(config.model_config(vocab_size=1), config)
+    of_any_size = f"{name.architecture}-*-{name.dataset}-{name.training_type}"
+    if not any(models.glob(of_any_size)):  # to know the size, the dataset may have to be prepared
+        raise FileNotFoundError(f"there is no {models / of_any_size} to go on with: say which run with --out_dir")
     vocab_size = _vocab_size(config, find_dataset(config.dataset, ranks=ranks))
-    return Path("models") / str(conventional_name(config.model_config(vocab_size), config))
+    return models / str(conventional_name(config.model_config(vocab_size), config))
 
 
 def adapt(model: GPT, config: RunConfig) -> list[str]:
@@ -186,12 +194,15 @@ def adapt(model: GPT, config: RunConfig) -> list[str]:
         notes.append(
             "lora_untie=true unties nothing: no layer of lora_targets shares its weight (all leaves these out)"
         )
+    if config.lora_dropout and all(isinstance(model.get_submodule(path), nn.Embedding) for path in report.matched):
+        notes.append(f"lora_dropout={config.lora_dropout} drops nothing: token ids, all that is read here, have none")
     return notes
 
 
-def _raise_all(problems: list[str]) -> None:
+def _raise_all(problems: list[str], given: dict[str, str]) -> None:
     if problems:
-        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+        lines = (f"  - {problem}" for problem in with_sources(problems, given))
+        raise ValueError("this run cannot start:\n" + "\n".join(lines))
 
 
 def _vocab_size(config: RunConfig, dataset: Dataset) -> int:
@@ -216,7 +227,7 @@ def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -
         raise ValueError(f"{source} is a LoRA directory: merge it first (python merge_lora.py {source})")
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
     problems = [
-        f"{key}={getattr(config, key)} ({given[key]}) is not what {source} has, {getattr(model.config, key)}"
+        f"{key}={getattr(config, key)} is not what {source} has, {getattr(model.config, key)}"
         for key in shape
         if key in given and getattr(config, key) not in (None, getattr(model.config, key))
     ]
@@ -224,8 +235,8 @@ def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -
     if "preset" in given and any(
         getattr(preset, key) != getattr(model.config, key) for key in shape if key not in given
     ):
-        problems.append(f"preset={config.preset} ({given['preset']}) is another architecture than {source} has")
-    _raise_all(problems)
+        problems.append(f"preset={config.preset} is another architecture than {source} has")
+    _raise_all(problems, given)
     return reshaped(model, config.block_size if model.config.block == "gpt2" else None, config.dropout)
 
 
@@ -298,7 +309,7 @@ def occupied(directory: Path) -> list[str]:
 def check_unchanged(start: Start) -> None:
     """Once the directory is locked: raise ValueError if another run has written to it since `start` was prepared."""
     if start.state is None:
-        _raise_all(occupied(start.directory))
+        _raise_all(occupied(start.directory), {})
     elif read_about(start.directory)["iter_num"] != start.state["iter_num"]:
         raise ValueError(f"another run has just saved to {start.directory}: start again to go on from there")
 

@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     compare.add_argument("--plot", type=files.expanded, metavar="FILE.png", help="draw the two side by side")
     add_memory(commands)
     for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--json", action="store_true", default=False, help="print JSON")
     return parser.parse_args(arguments)
 
 
@@ -76,13 +76,14 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
         help="what training a model, or generating with it, needs, and on which devices that fits",
         epilog=MEMORY,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that what was not given is not there, and nothing given is ignored
     )
     names = f"one of {', '.join(PRESETS)}; or a name of the catalogue or in models/, a path, a hub id"
     memory.add_argument("name", metavar="NAME", nargs="?", help=names)
     memory.add_argument(
         "--lora_rank", type=int, help="train adapters of this rank on every linear layer; else everything"
     )
-    memory.add_argument("--batch_size", type=int, default=4, help="sequences at once, over all devices (4)")
+    memory.add_argument("--batch_size", type=int, help=f"sequences at once, over all devices ({RunConfig.batch_size})")
     memory.add_argument(
         "--block_size", type=int, help=f"tokens of a sequence (the model's context, {LONGEST_UNASKED} at most)"
     )
@@ -90,8 +91,7 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         type=precision,
         choices=PRECISIONS,
-        default="bfloat16",
-        help="of matrix products; with --generate of the weights",
+        help="of matrix products; with --generate of the weights (bfloat16)",
     )
     memory.add_argument(
         "--mesh_shape", help="[[sizes], [names]]; dp: copies of the model, fsdp: shares of it, tp: shares of each layer"
@@ -99,13 +99,12 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     memory.add_argument(
         "--gradient_accumulation_steps",
         type=int,
-        default=RunConfig.gradient_accumulation_steps,
-        help="of train.py, for each process; gradients wait while others are added, so 1 needs less (%(default)s)",
+        help="of train.py, for each process; gradients wait while others are added, so 1 needs less "
+        f"({RunConfig.gradient_accumulation_steps})",
     )
     memory.add_argument(
         "--activation_checkpointing",
         choices=("true", "false"),
-        default="false",
         help="of train.py: keep only what goes into each block, and compute the rest again in the backward pass",
     )
     memory.add_argument("--generate", action="store_true", help="count text being made, with its cache, not training")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from configurator import LONGEST_UNASKED, PRESETS
+from configurator import LONGEST_UNASKED, PRESETS, RunConfig
 from lora import LoRAConfig
 from mesh import Mesh
 from model import GPT, GPTConfig, KVCache
@@ -61,30 +61,37 @@ def _describes(folder: Path) -> str:
 
 
 def run_memory(arguments: Any) -> tuple[str, Any]:
-    if arguments.table:
+    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "json")}
+    if given.pop("table", False):
+        if given:
+            idle = ", ".join(f"{key}={value}" for key, value in given.items())
+            raise ValueError(f"memory --table has models and batches of its own: leave out {idle}")
         return documented_table()
-    if arguments.name is None:
+    if "name" not in given:
         raise ValueError(f"memory needs a NAME, such as {', '.join(PRESETS)}, or --table")
-    config = named_config(arguments.name)
-    lora = LoRAConfig(arguments.lora_rank) if arguments.lora_rank is not None else None
-    length = min(config.block_size, LONGEST_UNASKED) if arguments.block_size is None else arguments.block_size
-    mesh = Mesh.parse(arguments.mesh_shape)
-    dtype, steps = arguments.dtype, arguments.gradient_accumulation_steps
-    recompute = arguments.activation_checkpointing == "true"
-    plan = Plan(config, lora, length, dtype, mesh, steps, arguments.generate, activation_checkpointing=recompute)
-    card = Fitting(plan, arguments.batch_size)
+    name, generate = given["name"], given.get("generate", False)
+    config, batch_size = named_config(name), given.get("batch_size", RunConfig.batch_size)
+    lora = LoRAConfig(given["lora_rank"]) if "lora_rank" in given else None
+    length = given.get("block_size", min(config.block_size, LONGEST_UNASKED))
+    mesh, dtype = Mesh.parse(given.get("mesh_shape")), given.get("dtype", Plan.dtype)
+    steps = given.get("gradient_accumulation_steps", Plan.gradient_accumulation_steps)
+    if generate and "gradient_accumulation_steps" in given:
+        raise ValueError(f"gradient_accumulation_steps={steps} is for training: text that is made has no such steps")
+    recompute = given.get("activation_checkpointing") == "true"
+    plan = Plan(config, lora, length, dtype, mesh, steps, generate, activation_checkpointing=recompute)
+    card = Fitting(plan, batch_size)
     # What fsdp and tp divide among processes on a CPU nobody has measured, and a process is not told to.
-    process = Fitting(replace(plan, cuda=False), arguments.batch_size) if mesh.devices == 1 else None
+    process = Fitting(replace(plan, cuda=False), batch_size) if mesh.devices == 1 else None
     verdicts = [_verdict(f"{size} GB card", card, size * GB) for size in CARDS]
     if process and (memory := machine_memory()):
         total, free = memory
         verdicts.append(_verdict(f"this machine, {free / GB:.1f} of {total / GB:.1f} GB free", process, free))
-    work = "text being made" if arguments.generate else f"LoRA rank {lora.rank}" if lora else "full training"
+    work = "text being made" if generate else f"LoRA rank {lora.rank}" if lora else "full training"
     again = ", activations computed again" if recompute else ""
     grid = f", {mesh.devices} devices" if mesh.devices > 1 else ""
-    title = f"{arguments.name}: {work}, {arguments.batch_size} x {length:,} tokens, {dtype}{again}{grid}"
-    data = {"name": arguments.name, "work": work, "batch_size": arguments.batch_size, "block_size": length}
-    data |= {"dtype": plan.dtype, "lora_rank": arguments.lora_rank, "mesh": vars(mesh), "verdicts": verdicts}
+    title = f"{name}: {work}, {batch_size} x {length:,} tokens, {dtype}{again}{grid}"
+    data = {"name": name, "work": work, "batch_size": batch_size, "block_size": length}
+    data |= {"dtype": plan.dtype, "lora_rank": lora and lora.rank, "mesh": vars(mesh), "verdicts": verdicts}
     data |= {"activation_checkpointing": recompute, "gradient_accumulation_steps": steps}
     data |= {"card": _data(card.estimate), "process": process and _data(process.estimate)}
     return "\n\n".join([title, _items_table(card, process), _verdict_table(verdicts)]), data

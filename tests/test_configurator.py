@@ -116,17 +116,64 @@ def test_all_problems_are_reported_together_with_their_sources(tmp_path):
         ("beta2=1", "beta2=1.0"),
         ("min_lr=1", "min_lr=1.0 must lie between 0 and learning_rate=0.001"),
         ("lr_decay_iters=0", "lr_decay_iters=0 must be at least 1"),
+        ("max_iters=0", "argument max_iters=0: max_iters=0 must be at least 1"),
+        ("cooldown_iters=0", "cooldown_iters=0 must be at least 1"),
         ("cooldown_iters=10", "cooldown_iters=10 belongs to schedule=wsd"),
+        ("lr_decay_iters=100", "warmup_iters=100 must end before the decay does, at lr_decay_iters=100"),
         ("preset=smal", "did you mean small?"),
         ("bias=1", "bias=1 must be true or false"),
-        ("dataset=", "dataset needs a value"),
-        ("init_from=", "init_from needs a value"),
+        ("dataset=", "argument dataset=: dataset= needs a value"),
+        ("init_from=", "argument init_from=: init_from= needs a value"),
         ("nofile.py", "nofile.py: no such configuration file"),
         ("=3", "there is no setting ''"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_one_sentence(argument, words):
     assert words in refusal(argument)
+
+
+def test_what_cannot_be_together_is_told_with_where_each_of_it_was_given(tmp_path):
+    text = 'config = {\n  "batch_size": 0,\n  "n_head": 7,\n  "min_lr": 1.0,\n  "lora": {"r": 0, "dropout": 2},\n}'
+    file = write(tmp_path / "c.py", text)
+    message = refusal(file, "n_embd=321", "dropout=0.1", "zero_init=true", "model=x")
+    for line in (
+        f"{file}:2: batch_size=0 must be at least 1",
+        f"{file}:4: min_lr=1.0 must lie between 0 and learning_rate=0.001",
+        f"argument n_embd=321, {file}:3: impossible model: n_embd=321 must be a multiple of n_head=7",
+        f"{file}:5: impossible LoRA: lora_rank=0 must be a whole number above 0; lora_dropout=2.0 must be at least 0 "
+        "and below 1",
+        f"{file}:5: lora_rank=0 means nothing without lora=true",
+        "argument zero_init=true, argument model=x: zero_init=true is for training from scratch, and not with "
+        "init_from=x",
+    ):
+        assert f"  - {line}\n" in message
+    message = refusal("lora=true", "init_from=x", "lora_one_micro_batch=true", "lora.targets=(", file)
+    assert "argument lora.targets=(: impossible LoRA: " in message and "lora_targets='(' is no regular exp" in message
+    contradiction = refusal("lora=true", "init_from=x", "lora_one_micro_batch=true", "gradient_accumulation_steps=2")
+    given = "argument gradient_accumulation_steps=2, argument lora_one_micro_batch=true: gradient_accumulation_steps=2"
+    assert f"{given} contradicts lora_one_micro_batch=true" in contradiction
+
+
+def test_and_so_it_is_when_a_run_goes_on():
+    config, given = load(["init_from=resume", "n_head=7", "min_lr=1", "batch_size=0"])
+    problems = merge_resumed(config, given, vars(RunConfig()) | {"n_head": 5})[2]
+    assert problems == [
+        "n_head was 5 in the saved run and is 7 now (argument n_head=7)",
+        "argument batch_size=0: batch_size=0 must be at least 1",
+        "argument min_lr=1: min_lr=1.0 must lie between 0 and learning_rate=0.001",
+        "argument n_head=7: impossible model: n_embd=320 must be a multiple of n_head=7",
+    ]
+
+
+def test_the_warm_up_and_a_cooldown_that_is_asked_for_fit_into_the_schedule():
+    wsd = ("schedule=wsd", "warmup_iters=8", "cooldown_iters=8")
+    given = "argument warmup_iters=8, argument cooldown_iters=8"
+    short = f"{given}, argument max_iters=15: warmup_iters=8 and cooldown_iters=8 do not fit into max_iters=15"
+    assert short in refusal(*wsd, "max_iters=15")
+    assert "cooldown_iters=8 do not fit into lr_decay_iters=10" in refusal(*wsd, "lr_decay_iters=10")
+    assert "warmup_iters=100 and cooldown_iters=8 do not fit into max_iters=20" in refusal(*wsd[::2], "max_iters=20")
+    assert load([*wsd, "max_iters=16"])[0].cooldown == 8
+    assert [load([*wsd[:1], f"max_iters={n}"])[0].cooldown for n in (20, 110, 125, 1000)] == [1, 10, 25, 200]
 
 
 def test_of_several_processes_on_a_machine_one_tells_what_is_wrong(monkeypatch):
@@ -195,6 +242,25 @@ def test_a_resumed_run_keeps_what_was_saved_except_what_is_given():
     assert problems == ["n_layer was 5 in the saved run and is 6 now (argument n_layer=6)"]
 
 
+def test_giving_a_resumed_run_the_value_that_was_in_force_changes_nothing():
+    settings = ["init_from=x", "lora=true", "lora_rank=4", "schedule=wsd", "optimizer=muon", "max_iters=600"]
+    began = load([*settings, "learning_rate=3e-4"])[0]
+    same = ("lora_alpha=8", "min_lr=3e-5", "lr_decay_iters=600", "cooldown_iters=120", "muon_learning_rate=3e-4")
+    config, given = load(["init_from=resume", *same])
+    merged, warnings, problems = merge_resumed(config, given, vars(began))
+    assert warnings == problems == [] and merged.filled() == began.filled()
+    assert merged.lora_config() == began.lora_config() and merged.min_lr == 3e-4 / 10 != 3e-5
+
+    config, given = load(["init_from=resume", "lora_alpha=9", "min_lr=1e-5", "lr_decay_iters=600", "max_iters=700"])
+    merged, warnings, problems = merge_resumed(config, given, vars(began))
+    assert problems == ["lora_alpha was 8 in the saved run and is 9.0 now (argument lora_alpha=9)"]
+    assert warnings == [
+        f"min_lr was {3e-4 / 10} in the saved run and is 1e-05 now (argument min_lr=1e-5)",
+        "max_iters was 600 in the saved run and is 700 now (argument max_iters=700)",
+    ]
+    assert merged.lr_decay_iters == 600
+
+
 def test_help_shows_every_setting_with_the_value_in_force():
     config, _ = load(["max_iters=7", "warmup_iters=2"])
     text = configurator.help_text(config)
@@ -202,6 +268,7 @@ def test_help_shows_every_setting_with_the_value_in_force():
         assert re.search(rf"^  {name} \(\w+\) = ", text, re.M), name
         assert " ".join(f.metadata["help"].split()) in " ".join(text.split())
     assert "max_iters (int) = 7 (default 1000)" in text
+    assert "on resume the others are as they were saved:" in text
 
 
 # ---- LoRA's settings and their other spellings

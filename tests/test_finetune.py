@@ -299,9 +299,13 @@ def test_the_convention_names_what_comes_out(base):
         (("lora.r=0",), ["rank=0 must be a whole number above 0"]),
         (("lora=false", "lora_dropout=0.1"), ["lora_rank=4 means nothing without lora=true", "lora_dropout=0.1 means"]),
         (("init_from=scratch",), ["lora=true adapts a model that exists"]),
-        (("base=x",), ["base=x is for resuming a LoRA run"]),
-        (("n_layer=3",), ["n_layer=3", "is not what"]),
+        (("base=x",), ["argument base=x: base=x is for resuming a LoRA run"]),
+        (("n_layer=3",), ["argument n_layer=3: n_layer=3 is not what"]),
         (("lora_one_micro_batch=true", "gradient_accumulation_steps=2"), ["contradicts lora_one_micro_batch=true"]),
+        (
+            ("optimizer=muon", "muon_learning_rate=0.5", "lora_targets=wte"),
+            ["argument optimizer=muon, argument lora_targets=wte: optimizer=muon is for matrices inside the blocks"],
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_one_sentence_and_nothing_is_written(
@@ -310,6 +314,14 @@ def test_what_cannot_be_adapted_is_one_sentence_and_nothing_is_written(
     out = tmp_path / "x"
     refused(script("train.py", f"init_from={base}", f"dataset={dataset}", f"out_dir={out}", *LORA, *arguments), *words)
     assert not out.exists()
+
+
+def test_dropout_that_nothing_reads_is_told(base, dataset, tmp_path):
+    start = (f"init_from={base}", f"dataset={dataset}", *LORA, *STEPS, "lora_dropout=0.3")
+    for targets, told in (("wte", True), ("wte,lm_head", False)):
+        out = f"out_dir={tmp_path / targets}"
+        notes = prepare_start(*configurator.load([*start, out, f"lora_targets={targets}"]), Ranks()).notes
+        assert any(note.startswith("lora_dropout=0.3 drops nothing: ") for note in notes) is told
 
 
 def test_tied_layers_are_adapted_only_where_that_is_allowed(dataset, tmp_path, script):

@@ -374,6 +374,15 @@ def test_the_command_refuses_in_one_sentence(capsys):
         ),
         (["memory", "small", "--block_size", "512"], "block_size=512"),
         (["memory", "small", "--block_size", "0"], "block_size=0"),
+        (
+            ["memory", "no", "--table", "--batch_size", "0"],
+            "--table has models and batches of its own: leave out name=no",
+        ),
+        (["memory", "--table", "--gradient_accumulation_steps", "4"], "leave out gradient_accumulation_steps=4"),
+        (
+            ["memory", "small", "--generate", "--gradient_accumulation_steps", "4"],
+            "gradient_accumulation_steps=4 is for training: text that is made has no such steps",
+        ),
     ):
         assert main(parse(arguments)) == 1
         assert words in capsys.readouterr().err

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, TINY, command
+from conftest import QUICK, ROOT, TINY, command
 
 import configurator
 import train
@@ -440,6 +440,8 @@ def test_the_schedules_warm_up_decay_and_end_where_they_say():
     wsd = replace(config, schedule="wsd", cooldown_iters=20, min_lr=0.0)
     rates = [learning_rate(step, wsd) for step in range(101)]
     assert set(rates[10:81]) == {1.0} and rates[90] == pytest.approx(0.5) and rates[100] == 0.0
+    short = replace(wsd, warmup_iters=90, cooldown_iters=None)  # which leaves less than a fifth
+    assert [learning_rate(step, short) for step in (89, 90, 95, 100)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
 
 
 def test_weight_decay_is_on_matrices_only(dataset, tmp_path):
@@ -808,6 +810,24 @@ def test_without_an_out_dir_the_convention_gives_one(dataset, tmp_path, script):
 def test_what_cannot_be_is_one_sentence_and_exit_code_1(dataset, tmp_path, script, arguments, words):
     done = script("train.py", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *QUICK, *arguments)
     refused(done, words)
+
+
+def test_nothing_is_prepared_for_a_run_that_is_not_there(tmp_path, script):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    (folder / "prepare.py").write_text("open('prepared', 'w')")
+    done = script("train.py", "init_from=resume", f"dataset={folder}", cwd=tmp_path)
+    refused(done, "there is no models/gpt-*-words-pretrain to go on with: say which run with --out_dir")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_what_makes_a_base_that_is_not_there_is_told(tmp_path, script):
+    (tmp_path / "models").mkdir()
+    base = "there is no model directory models/gpt-38M-tinystories-pretrain"
+    done = script("train.py", ROOT / "config/finetune_lora.py", cwd=tmp_path)
+    refused(done, f"{base}; python train.py config/train_tinystories.py makes it\n")
+    other = script("train.py", "init_from=models/other", cwd=tmp_path)
+    refused(other, "there is no model directory models/other\n")
 
 
 def test_a_read_only_folder_is_one_sentence(dataset, tmp_path, script):
