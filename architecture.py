@@ -1,4 +1,5 @@
-"""What a GPT is, in numbers. Needs no torch, so that a configuration can be read and refused before torch is there."""
+"""What a GPT is, in numbers, and the architectures that have names (PRESETS). Needs no torch, so that a configuration
+can be read and refused before torch is there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,12 +110,12 @@ class GPTConfig:
         problems = [f"rope_scaling of type {kind} needs {key}" for key in ROPE_TYPES[kind] if scaling.get(key) is None]
         lists = [key for key in ("short_factor", "long_factor") if scaling.get(key)]
         for key, value in scaling.items():
-            numbers = value if key in lists and isinstance(value, list | tuple) else [value]
-            if key in ("rope_type", "truncate") or value is None:
+            if key == "rope_type" or value is None:
                 continue
+            numbers = value if key in lists and isinstance(value, list | tuple) else [value]
             if key not in ROPE_TYPES[kind] + ROPE_OPTIONS[kind]:
                 problems.append(f"rope_scaling of type {kind} has no {key}")
-            elif not all(type(number) in (int, float) and number > 0 for number in numbers):
+            elif key != "truncate" and not all(type(number) in (int, float) and number > 0 for number in numbers):
                 problems.append(
                     f"rope_scaling's {key}={value!r} must be {'numbers' if key in lists else 'a number'} above 0"
                 )
@@ -144,3 +145,32 @@ class GPTConfig:
 
     def is_local(self, layer: int) -> bool:
         return self.sliding_window is not None and layer not in self.global_layers
+
+
+def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
+    """Gemma 3's text models (arXiv 2503.19786), as they are published."""
+    settings = {
+        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner,
+        "block_size": 131072, "vocab_size": 262208, "head_size": 256, "query_scalar": 256,
+        "sliding_window": 1024, "global_layers": range(5, n_layer, 6),
+        "rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6,
+        "qk_norm": True, "scaled_embeddings": True, "norm_plus_one": True, "post_norms": True,
+    }  # fmt: skip
+    return GPTConfig(**{**settings, **changes})
+
+
+_SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
+_MODERN = {"block": "llama", "activation": "silu", "n_inner": 832, "n_kv_head": 1, "qk_norm": True}
+# The parameter count depends on context, tying and bias, so a preset fixes those too.
+PRESETS = {
+    "small": GPTConfig(256, 50257, 5, 5, 320, bias=False, tie_word_embeddings=False),  # 38,393,920
+    "medium": GPTConfig(1024, 50257, 12, 12, 768, bias=False),  # 124,337,664
+    "large": GPTConfig(1024, 50257, 24, 16, 1024, bias=False),  # 354,551,808
+    "modern": GPTConfig(256, 50257, 6, 5, 320, bias=False, tie_word_embeddings=False, **_MODERN),  # 38,436,288
+    "gemma3-270m": gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA),
+    "gemma3-1b": gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA),
+    "gemma3-4b": gemma3(34, 2560, 8, 4, 10240),
+    "gemma3-12b": gemma3(48, 3840, 16, 8, 15360),
+    "gemma3-27b": gemma3(62, 5376, 32, 16, 21504, head_size=128, query_scalar=168),
+}

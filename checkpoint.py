@@ -144,8 +144,8 @@ class CheckpointManager:
         (adapters.fingerprint_of).
         """
         directory, model = Path(directory), bare(model)
-        adapted, arguments = lora.adapter_names(model), model_args(model.config)
         _check_before_saving(directory, model, metadata, training_state)
+        adapted, arguments = "base" in metadata, model_args(model.config)
         own = lora.lora_state_dict(model) if adapted else {}
         common = {
             "model": own or model.state_dict(),

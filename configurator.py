@@ -1,4 +1,4 @@
-"""The run configuration: one dataclass holds every setting's name, type, default and help; PRESETS names architectures.
+"""The run configuration: one dataclass holds every setting's name, type, default and help.
 
 Imports nothing slow: each script reads its command line above the imports of torch, which takes a second to come.
 
@@ -23,38 +23,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-from architecture import GPTConfig
+from architecture import PRESETS, GPTConfig
 from lora_config import ALL, ALL_LINEAR, SPELLINGS, LoRAConfig, usual_alpha
 from mesh import Mesh
-
-
-def gemma3(n_layer: int, n_embd: int, n_head: int, n_kv_head: int, n_inner: int, **changes) -> GPTConfig:
-    """Gemma 3's text models (arXiv 2503.19786), as they are published."""
-    settings = {
-        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_kv_head": n_kv_head, "n_inner": n_inner,
-        "block_size": 131072, "vocab_size": 262208, "head_size": 256, "query_scalar": 256,
-        "sliding_window": 1024, "global_layers": range(5, n_layer, 6),
-        "rope_theta": 1e6, "rope_local_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "block": "llama", "bias": False, "activation": "gelu_tanh", "norm_eps": 1e-6,
-        "qk_norm": True, "scaled_embeddings": True, "norm_plus_one": True, "post_norms": True,
-    }  # fmt: skip
-    return GPTConfig(**{**settings, **changes})
-
-
-_SMALL_GEMMA = {"vocab_size": 262144, "block_size": 32768, "sliding_window": 512, "rope_scaling": None}
-_MODERN = {"block": "llama", "activation": "silu", "n_inner": 832, "n_kv_head": 1, "qk_norm": True}
-# The parameter count depends on context, tying and bias, so a preset fixes those too.
-PRESETS = {
-    "small": GPTConfig(256, 50257, 5, 5, 320, bias=False, tie_word_embeddings=False),  # 38,393,920
-    "medium": GPTConfig(1024, 50257, 12, 12, 768, bias=False),  # 124,337,664
-    "large": GPTConfig(1024, 50257, 24, 16, 1024, bias=False),  # 354,551,808
-    "modern": GPTConfig(256, 50257, 6, 5, 320, bias=False, tie_word_embeddings=False, **_MODERN),  # 38,436,288
-    "gemma3-270m": gemma3(18, 640, 4, 1, 2048, **_SMALL_GEMMA),
-    "gemma3-1b": gemma3(26, 1152, 4, 1, 6912, **_SMALL_GEMMA),
-    "gemma3-4b": gemma3(34, 2560, 8, 4, 10240),
-    "gemma3-12b": gemma3(48, 3840, 16, 8, 15360),
-    "gemma3-27b": gemma3(62, 5376, 32, 16, 21504, head_size=128, query_scalar=168),
-}
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # of weights and of matrix products, as torch calls them
 PRECISION_SPELLINGS = dict(zip(("fp32", "bf16", "fp16"), PRECISIONS, strict=True)) | {name: name for name in PRECISIONS}

@@ -39,7 +39,7 @@ class LoRAConfig:
     """
 
     rank: int = 8
-    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes usual_alpha
+    alpha: float | None = None  # an adapter's output is scaled by alpha / rank; None becomes 2 * rank
     dropout: float = 0.0  # on what an adapter reads, while training; token ids have none
     targets: str | Collection[str] = ALL_LINEAR
     exclude: str | Collection[str] = ()
@@ -94,6 +94,7 @@ class LoRAConfig:
 
 
 def usual_alpha(rank: int) -> int:
+    """Where none is given."""
     return 2 * rank
 
 

@@ -147,8 +147,9 @@ class PackedLlamaBlock(nn.Module):
         self.config, self.layer, self.local = config, attention.layer, config.is_local(attention.layer)
         self.heads, self.D = [config.n_head, config.kv_heads], config.D
         self.qkv = product_of(kind, attention.q_proj, attention.k_proj, attention.v_proj)
-        norms = (attention.q_norm, attention.k_norm) if config.qk_norm else ()
-        self.qk_norm = rms_norm_of(*norms, heads=self.heads) if norms else None
+        self.qk_norm = None
+        if config.qk_norm:
+            self.qk_norm = rms_norm_of(attention.q_norm, attention.k_norm, heads=self.heads)
         self.out, self.down = product_of(kind, attention.o_proj), product_of(kind, mlp.down_proj)
         self.gate_and_up, self.activation = product_of(kind, mlp.gate_proj, mlp.up_proj), mlp.activation
         norms = [block.input_layernorm, block.post_attention_layernorm]

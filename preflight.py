@@ -14,8 +14,9 @@ from torch import nn
 import families
 import files
 import lora
+from architecture import PRESETS
 from checkpoint import CheckpointManager
-from configurator import LONGEST_UNASKED, PRESETS, RunConfig, merge_resumed, with_sources
+from configurator import LONGEST_UNASKED, RunConfig, merge_resumed, with_sources
 from data.finding import find_dataset
 from data.tokens import Dataset, dataset_problems
 from distributed import Ranks

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import torch
 
+from architecture import PRESETS
 from bench.contenders import our_start, peak_memory, random_ids
-from configurator import PRESETS, RunConfig
+from configurator import RunConfig
 from device import autocast
 from distributed import Ranks
 from files import write_atomic

@@ -34,9 +34,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
+from architecture import PRESETS
 from bench import speed
 from bench.contenders import our_trainer, peak_memory, random_ids, tokens_per_step
-from configurator import PRESETS, RunConfig
+from configurator import RunConfig
 from device import pick_device, pick_dtype
 from distributed import Ranks
 from files import write_atomic

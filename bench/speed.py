@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import torch
 
 import configurator
+from architecture import PRESETS
 from bench.contenders import (
     CONTENDERS,
     FULL,
@@ -48,7 +49,7 @@ from bench.contenders import (
     pick,
     tokens_per_step,
 )
-from configurator import PRESETS, RunConfig
+from configurator import RunConfig
 from files import write_atomic
 from logbook import duration
 from lora import LoRAConfig, apply_lora

@@ -9,7 +9,8 @@ from typing import Any
 
 import files
 import script
-from configurator import LONGEST_UNASKED, PRECISIONS, PRESETS, RunConfig, precision
+from architecture import PRESETS
+from configurator import LONGEST_UNASKED, PRECISIONS, RunConfig, precision
 from registry.specs import PartType
 
 EXAMPLES = """\

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from configurator import LONGEST_UNASKED, PRESETS, RunConfig
+from architecture import PRESETS
+from configurator import LONGEST_UNASKED, RunConfig
 from lora import LoRAConfig
 from mesh import Mesh
 from model import GPT, GPTConfig, KVCache

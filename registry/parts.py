@@ -25,7 +25,7 @@ from torch import nn
 
 import files
 import hub
-from configurator import PRESETS
+from architecture import PRESETS
 from model import on_meta
 from model_directory import is_lora, read_about, status
 from registry import comparison, loading, picture

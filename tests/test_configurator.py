@@ -14,7 +14,8 @@ import pytest
 import architecture
 import configurator
 import model
-from configurator import FIELDS, MODEL_FILES, PRESETS, RunConfig, load, merge_resumed
+from architecture import PRESETS
+from configurator import FIELDS, MODEL_FILES, RunConfig, load, merge_resumed
 from lora import LoRAConfig
 from model import GPTConfig
 from registry import list_available_models

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import families
-from configurator import PRESETS
+from architecture import PRESETS
 from lora import LoRAConfig, adapters_of, apply_lora, merge_lora
 from model import GPT, GPTConfig, KVCache
 

@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from configurator import PRESETS
+from architecture import PRESETS
 from lora import (
     LoRAConfig,
     active_adapter,

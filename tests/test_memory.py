@@ -12,8 +12,8 @@ from torch import nn
 
 import families
 import loss
+from architecture import PRESETS
 from bench import memory as bench
-from configurator import PRESETS
 from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
 from parallel import cuts

@@ -30,6 +30,7 @@ import configurator
 import families
 import files
 import train
+from architecture import PRESETS
 from checkpoint import CheckpointManager
 from data.tokens import load_dataset
 from distributed import Ranks, leave
@@ -81,7 +82,7 @@ def test_a_mesh_is_parsed_and_filled():
         Mesh.parse([[0, 2, 2], ["tp", "pp", "tp"]], 4)
 
 
-GEMMA = configurator.PRESETS["gemma3-1b"]
+GEMMA = PRESETS["gemma3-1b"]
 
 
 @pytest.mark.parametrize(

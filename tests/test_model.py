@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from configurator import PRESETS
+from architecture import PRESETS
 from generation import highest, sample
 from lora import LoRAConfig, apply_lora
 from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass, on_meta
