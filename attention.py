@@ -31,16 +31,30 @@ def attend(
     `mask` (1 or B, 1, T, S) is true where a query sees a key; None is plain causal. To `attentions` the weights
     (B, H, T, S) are appended.
     """
+    if mask is None and softcap is None and attentions is None and _by_products(q, k):
+        return _attend_by_products(q, k, v, scale, dropout)
+    return attend_in_general(q, k, v, mask, scale, dropout, softcap, attentions)
+
+
+def attend_in_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """The same without a look for what would be faster: packed.py compiles this."""
     T, S = q.size(2), k.size(2)
     if attentions is None and softcap is None:
-        if mask is None and T == S > 1 and _by_products(q):
-            return _attend_by_products(q, k, v, scale, dropout)
         # is_causal aligns the mask with the first key, which is right only where nothing was cached.
         y = F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=k.size(1) != q.size(1)
         )
     else:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        k, v = k.repeat_interleave(q.size(1) // k.size(1), dim=1), v.repeat_interleave(q.size(1) // v.size(1), dim=1)
         scores = softcapped(q @ k.transpose(2, 3) * scale, softcap)  # (B, H, T, S)
         seen = mask if mask is not None else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
@@ -55,9 +69,11 @@ def softcapped(scores: Tensor, cap: float | None) -> Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def _by_products(q: Tensor) -> bool:
-    """Whether whole matrix products are the faster way: on a processor with fast ones, and for sequences so short that
-    holding the scores costs little. Flash attention is half as fast there as its arithmetic."""
+def _by_products(q: Tensor, k: Tensor) -> bool:
+    """Whether whole matrix products are the faster way where nothing was cached: on a processor with fast ones, and for
+    sequences so short that holding the scores costs little. Flash attention is half as fast there as its arithmetic."""
+    if q.size(2) != k.size(2) or q.size(2) == 1:
+        return False
     short = q.size(0) * q.size(1) * q.size(2) ** 2 <= SHORT
     return short and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -103,11 +119,18 @@ def rope_frequencies(theta: float, scaling: Mapping[str, Any], n: int, length: i
     return frequencies, attention
 
 
+def rotation_at(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """What `rotate` turns by at positions (1 or B, T): cos and sin, (1 or B, 1, T, rotary). `frequencies` has those of
+    `rope_frequencies` twice, the first time with their sign changed."""
+    angles = positions[:, None, :, None] * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first dimensions of (B, H, T, D); dimension i is paired with i + rotary / 2, and of the two sin has the
     first one's sign changed."""
-    cos, sin = (part.to(x.dtype) for part in rotation)
+    cos, sin = rotation[0].to(x.dtype), rotation[1].to(x.dtype)
     rotary = cos.size(-1)
     turning = x if rotary == x.size(-1) else x[..., :rotary]
     turned = turning * cos + turning.roll(rotary // 2, dims=-1) * sin
-    return turned if turning is x else torch.cat([turned, x[..., rotary:]], dim=-1)
+    return turned if rotary == x.size(-1) else torch.cat([turned, x[..., rotary:]], dim=-1)

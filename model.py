@@ -11,6 +11,7 @@ Letters for tensor sizes throughout this file:
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from architecture import ORIGINAL, GPTConfig
-from attention import attend, rope_frequencies, rotate, softcapped
+from attention import attend, rope_frequencies, rotate, rotation_at, softcapped
 from generation import Generation
 from loss import linear_cross_entropy
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
 
 
 class Dropout(nn.Dropout):
@@ -44,10 +51,13 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put (B, K, T, D) behind what `layer` holds and return all of it, (B, K, S, D)."""
-        keys, values, T = self.keys[layer], self.values[layer], k.size(2)
-        keys.narrow(2, self.length, T).copy_(k)
-        values.narrow(2, self.length, T).copy_(v)
-        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+        return append(self.keys[layer], self.length, k), append(self.values[layer], self.length, v)
+
+
+def append(cached: Tensor, length: int, new: Tensor) -> Tensor:
+    """Put (B, K, T, D) behind the first `length` of (B, K, room, D) and return what is there now, (B, K, S, D)."""
+    cached.narrow(2, length, new.size(2)).copy_(new)
+    return cached.narrow(2, 0, length + new.size(2))
 
 
 @dataclass
@@ -267,6 +277,11 @@ class GPT(Generation, nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.block == "gpt2" else self.model.layers
 
+    @cached_property
+    def kinds(self) -> list[bool]:
+        """Whether layers have the window: [False], [True], or both where they take turns."""
+        return sorted({self.config.is_local(layer) for layer in range(self.config.n_layer)})
+
     @property
     def final_norm(self) -> nn.Module:
         return self.transformer.ln_f if self.config.block == "gpt2" else self.model.norm
@@ -306,7 +321,26 @@ class GPT(Generation, nn.Module):
             positions = torch.arange(seen, S, device=idx.device)[None]  # (1, T)
         else:
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]  # (B, T)
-        now = Pass(cache, self._masks(seen, T, attention_mask), self._rotations(positions, cache), attentions)
+        x = self._hidden(idx, positions, self._masks(seen, T, attention_mask), cache, hidden_states, attentions)
+        if cache is not None:
+            cache.length += T
+        if targets is None:
+            return self.project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
+        return self.loss(x, targets, only_loss)
+
+    def _hidden(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        masks: dict[bool, Tensor | None],
+        cache: KVCache | None,
+        hidden_states: list[Tensor] | None,
+        attentions: list[Tensor] | None,
+    ) -> Tensor:
+        """What is behind the final norm, (B, T, C)."""
+        by_kind = self._frequencies(positions, cache)
+        rotations = {local: rotation_at(positions, *turning) for local, turning in by_kind.items()}
+        now = Pass(cache, masks, rotations, attentions)
         x = self._embed(idx, positions)  # (B, T, C)
         for block in self.blocks:
             if hidden_states is not None:
@@ -316,11 +350,7 @@ class GPT(Generation, nn.Module):
         x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
-        if cache is not None:
-            cache.length += T
-        if targets is None:
-            return self.project(x[:, -1:] if attention_mask is None else last_real(x, attention_mask[:, seen:])), None
-        return self.loss(x, targets, only_loss)
+        return x
 
     def loss(self, x: Tensor, targets: Tensor, only_loss: bool) -> tuple[Tensor | None, Tensor]:
         """(logits or None, loss) for hidden states (B, T, C) behind the final norm."""
@@ -372,27 +402,21 @@ class GPT(Generation, nn.Module):
                 masks[local] = mask[None, None] if mask.dim() == 2 else mask[:, None]
         return masks
 
-    def _rotations(self, positions: Tensor, cache: KVCache | None) -> dict[bool, tuple[Tensor, Tensor]]:
+    def _frequencies(self, positions: Tensor, cache: KVCache | None) -> dict[bool, tuple[Tensor, float]]:
+        """What `rotation_at` takes, by whether a layer has the window; {} of GPT-2's block."""
         if self.config.block == "gpt2":
             return {}
         if (self.config.rope_scaling or {}).get("rope_type") == "longrope":
-            by_kind = self._frequencies(positions.device, int(positions.max()) + 1)
-        elif cache is None:
-            by_kind = self._frequencies(positions.device)
-        else:
-            if not cache.frequencies:
-                cache.frequencies = self._frequencies(positions.device)
-            by_kind = cache.frequencies
-        rotations = {}
-        for local, (frequencies, factor) in by_kind.items():
-            angles = positions[:, None, :, None] * frequencies  # (1 or B, 1, T, rotary)
-            rotations[local] = angles.cos() * factor, angles.sin() * factor
-        return rotations
+            return self._new_frequencies(positions.device, int(positions.max()) + 1)
+        if cache is None:
+            return self._new_frequencies(positions.device)
+        if not cache.frequencies:
+            cache.frequencies = self._new_frequencies(positions.device)
+        return cache.frequencies
 
-    def _frequencies(self, device: torch.device, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
-        """What `rope_frequencies` gives, for both dimensions of each pair, by whether a layer has the window."""
+    def _new_frequencies(self, device: torch.device, longest: int = 0) -> dict[bool, tuple[Tensor, float]]:
         by_kind = {}
-        for local in {self.config.is_local(layer) for layer in range(self.config.n_layer)}:
+        for local in self.kinds:
             theta, scaling = self.config.rope_theta, self.config.rope_scaling
             if local and self.config.rope_local_theta is not None:
                 theta, scaling = self.config.rope_local_theta, None

@@ -1,6 +1,7 @@
 """packed.py: weights of 16 and 8 bits give the numbers of a model that was rounded in the same way."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -174,14 +175,41 @@ def test_a_weight_that_float16_cannot_hold_stays_as_it_is(model):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_block_with_an_adapter_stays_as_it_is(model):
-    idx, block = torch.randint(203, (2, 9)), model.blocks[0]
-    apply_lora(model, LoRAConfig(targets=r".*\.0\..*proj"))
-    for name, parameter in model.named_parameters():
-        if ".lora" in name:
-            nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad():
-        expected = model(idx, targets=idx)[0]
-        found = packed.pack(model)(idx, targets=idx)[0]
-    assert model.blocks[0] is block and type(model.blocks[1]) in packed.BLOCKS.values()
-    assert (found - expected).abs().max() < 0.05 * expected.std()
+@pytest.mark.parametrize("targets", [r".*\.0\..*proj", r".*(wte|embed_tokens)"])
+def test_a_model_with_an_adapter_is_refused_before_anything_changes(model, targets):
+    apply_lora(model, LoRAConfig(targets=targets), untie=True)
+    idx = torch.randint(203, (2, 9))
+    expected = model(idx)[0]
+    with pytest.raises(ValueError, match=r"is a LoRA.*merge the model's adapters"):
+        packed.pack(model)
+    assert torch.equal(model(idx)[0], expected)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="nothing is compiled there")
+@pytest.mark.parametrize("dtype", packed.KINDS)
+def test_what_is_compiled_gives_what_python_gives(model, dtype, monkeypatch):
+    idx, mask = torch.randint(203, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    made = packed.pack(copy.deepcopy(model), dtype)
+    monkeypatch.setattr(packed, "compiled", lambda module: module)
+    plain = packed.pack(model, dtype)
+    assert isinstance(made.layers, torch.jit.ScriptModule) and type(plain.layers) is packed.PackedLayers
+    for _ in range(3):  # it is compiled again for what it has met
+        assert torch.equal(made(idx, targets=idx)[1], plain(idx, targets=idx)[1])
+        tokens = [m.generate(idx, 45, temperature=0, attention_mask=mask) for m in (made, plain)]
+        assert torch.equal(*tokens)
+
+
+def test_a_packed_model_refuses_what_it_does_not_have(model):
+    half, idx = packed.pack(model), torch.randint(203, (2, 9))
+    for asked in ({"hidden_states": []}, {"attentions": []}):
+        with pytest.raises(ValueError, match="gives no hidden states and no attentions"):
+            half(idx, **asked)
+
+
+def test_where_every_layer_has_the_window_it_holds():
+    torch.manual_seed(0)
+    model = GPT(replace(KINDS["gemma"], global_layers=()))
+    idx = torch.randint(203, (2, 5))
+    expected = rounded(model).generate(idx, 40, temperature=0)
+    assert torch.equal(packed.pack(model).generate(idx, 40, temperature=0), expected)
