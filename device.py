@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import time
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from configurator import PRECISIONS
 from words import first_line
 
+PIECE, PIECES = 1 << 29, 8  # bytes of the heap, each below what `keep_freed_memory` has malloc take from it
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
@@ -102,4 +104,25 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError):  # not glibc: macOS, musl, Windows
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def use_huge_pages() -> None:
+    """Have Linux, where glibc is in use, hold the next gigabytes that are allocated in pages of 2 MiB, not 4 KiB.
+
+    A processor looks up every page that it reads, and weights are read from end to end at each token. What is advised
+    here are addresses at the end of the heap, which are given back before anything lies there, and take no memory.
+    """
+    keep_freed_memory()
+    with contextlib.suppress(OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        pieces = []
+        try:
+            for _ in range(PIECES):
+                pieces.append(torch.empty(PIECE, dtype=torch.uint8))
+        except RuntimeError:  # addresses are rationed, by `ulimit -v` for one: those taken would be missed elsewhere
+            pieces.clear()
+            libc.malloc_trim(0)
+        for piece in pieces:
+            start = -(-piece.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(PIECE - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)

@@ -62,7 +62,7 @@ from tqdm import tqdm
 import lora
 import packed
 from checkpoint import CheckpointManager
-from device import DTYPES, pick_device
+from device import DTYPES, pick_device, use_huge_pages
 from generation import check_sampling
 from model import GPT
 from registry.resolve import folder_of
@@ -91,6 +91,8 @@ def sample(arguments: argparse.Namespace) -> None:
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     check_seed(arguments.seed)
     device = pick_device(arguments.device)
+    if device.type == "cpu":
+        use_huge_pages()
     model, metadata = CheckpointManager.load_model(folder_of(arguments.directory), device, base=arguments.base)
     tokenizer = tokenizer_for(arguments.tokenizer, metadata)
     prompts = [read_prompt(prompt) for prompt in arguments.prompt or [None]]

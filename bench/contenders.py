@@ -24,7 +24,7 @@ import packed
 from configurator import RunConfig
 from data.batches import BlockSampler
 from data.tokens import Dataset
-from device import autocast, keep_freed_memory, pick_device
+from device import autocast, pick_device, use_huge_pages
 from distributed import Ranks
 from lora import LoRAConfig, apply_lora, lora_state_dict
 from model import GPT
@@ -82,6 +82,8 @@ def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_toke
     if contender.group == LIMIT:
         return limits(torch.device(config.device))
     config = replace(config, dtype=contender.dtype)
+    if contender.group == GENERATION and not contender.packages and not contender.plain and config.device == "cpu":
+        use_huge_pages()  # as sample.py does
     torch.manual_seed(config.seed)
     model = GPT(config.model_config(config.vocab_size))
     if contender.group == LORA:
@@ -189,7 +191,6 @@ def generation(
     model = model.to(device).eval()
     dtype, packs = packed.pick_weight_dtype(dtype, device)
     if packs:
-        keep_freed_memory()
         packed.pack(model, dtype)
     else:
         model.to(getattr(torch, dtype))
