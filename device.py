@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import mmap
 import time
+from pathlib import Path
 
 import torch
 
@@ -111,18 +112,19 @@ def use_huge_pages() -> None:
     """Have Linux, where glibc is in use, hold the next gigabytes that are allocated in pages of 2 MiB, not 4 KiB.
 
     A processor looks up every page that it reads, and weights are read from end to end at each token. What is advised
-    here are addresses at the end of the heap, which are given back before anything lies there, and take no memory.
+    here are addresses at the end of the heap, which are given back before anything lies there, and take no memory;
+    where `ulimit` or the kernel counts addresses too, nothing is done.
     """
     keep_freed_memory()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ImportError, OSError, RuntimeError):  # not Linux, or no such addresses
+        import resource
+
         libc = ctypes.CDLL("libc.so.6")
-        pieces = []
-        try:
-            for _ in range(PIECES):
-                pieces.append(torch.empty(PIECE, dtype=torch.uint8))
-        except RuntimeError:  # addresses are rationed, by `ulimit -v` for one: those taken would be missed elsewhere
-            pieces.clear()
-            libc.malloc_trim(0)
+        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+        if strict or limits != [resource.RLIM_INFINITY] * 2:
+            return
+        pieces = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(PIECES)]
         for piece in pieces:
             start = -(-piece.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(PIECE - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)

@@ -1,8 +1,10 @@
 """packed.py: weights of 16 and 8 bits give the numbers of a model that was rounded in the same way."""
 
 import copy
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 KINDS = {
     "gpt2": GPTConfig(block_size=48, vocab_size=203, n_layer=2, n_head=2, n_embd=32),
     "llama": GPTConfig(
@@ -213,3 +216,32 @@ def test_where_every_layer_has_the_window_it_holds():
     idx = torch.randint(203, (2, 5))
     expected = rounded(model).generate(idx, 40, temperature=0)
     assert torch.equal(packed.pack(model).generate(idx, 40, temperature=0), expected)
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(packed.__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="the kernel gives no huge pages")
+def test_what_is_allocated_next_lies_in_huge_pages():
+    code = (
+        "import torch, device\n"
+        "device.use_huge_pages()\n"
+        "weights = [torch.ones(1 << 18) for _ in range(100)]\n"
+        "print(*(line for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHuge')))\n"
+    )
+    assert int(python(code).split()[1]) > 80_000  # KiB, of 102,400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_where_addresses_are_counted_none_are_held_for_huge_pages():
+    code = (
+        "import mmap, resource, torch, device\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + (5 << 30),) * 2)\n"
+        "device.use_huge_pages()\n"
+        "mmap.mmap(-1, 2 << 30)\n"
+    )
+    python(code)
