@@ -156,8 +156,9 @@ class Now(NamedTuple):
 class PackedAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, kind: int):
         super().__init__()
-        self.layer, self.kind, self.softcap = layer, kind, config.attention_softcap
-        self.scale = (config.query_scalar or config.D) ** -0.5
+        self.layer, self.kind, self.scale = layer, kind, (config.query_scalar or config.D) ** -0.5
+        # A configuration's floats may be whole, and TorchScript takes no whole number for a float.
+        self.softcap = None if config.attention_softcap is None else float(config.attention_softcap)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, now: Now) -> Tensor:
         """Queries (B, H, T, D), new keys and values (B, K, T, D) to (B, T, H * D)."""
@@ -235,6 +236,9 @@ class PackedLayers(nn.Module):
         for layer in range(config.n_layer):  # a block's weights are not needed in float32 any more, and go
             self.blocks.append(packed(model.blocks.pop(0), kinds.index(config.is_local(layer)), dtype))
         self.norm = model.final_norm if of_gpt2 else PackedRMSNorm(model.final_norm)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = float(module.eps)  # as PackedAttention says
 
     def forward(
         self,

@@ -203,6 +203,14 @@ def test_what_is_compiled_gives_what_python_gives(model, dtype, monkeypatch):
         assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("kind, whole", [("gpt2", {"norm_eps": 1}), ("gemma", {"attention_softcap": 20})])
+def test_numbers_of_a_configuration_may_be_whole(kind, whole):
+    torch.manual_seed(0)
+    idx, model = torch.randint(203, (2, 9)), GPT(replace(KINDS[kind], **whole))
+    with torch.no_grad():
+        torch.testing.assert_close(packed.pack(copy.deepcopy(model))(idx)[0], rounded(model)(idx)[0])
+
+
 def test_a_packed_model_refuses_what_it_does_not_have(model):
     half, idx = packed.pack(model), torch.randint(203, (2, 9))
     for asked in ({"hidden_states": []}, {"attentions": []}):
