@@ -37,7 +37,7 @@ def run(name: str, work: Callable[[], int | None], interrupted: str = "") -> int
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{name}: there is not enough memory ({first_line(error)})", file=sys.stderr)
+        print(f"{name}: there is not enough memory ({wanted(error)})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if interrupted:
@@ -47,6 +47,14 @@ def run(name: str, work: Callable[[], int | None], interrupted: str = "") -> int
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is what Python or PyTorch, of which nothing is imported here, raises for want of memory."""
-    words = str(error).lower()
-    plain = isinstance(error, RuntimeError) and ("can't allocate memory" in words or "cannot allocate memory" in words)
+    plain = isinstance(error, RuntimeError) and any(map(speaks_of_memory, str(error).splitlines()))
     return plain or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def wanted(error: Exception) -> str:
+    """The line that speaks of memory, for TorchScript says first where it was, or else the first line."""
+    return next(filter(speaks_of_memory, str(error).splitlines()), None) or first_line(error)
+
+
+def speaks_of_memory(line: str) -> bool:
+    return "can't allocate memory" in line.lower() or "cannot allocate memory" in line.lower()
