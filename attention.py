@@ -46,7 +46,7 @@ def attend_in_general(
     softcap: float | None = None,
     attentions: list[Tensor] | None = None,
 ) -> Tensor:
-    """The same without a look for what would be faster: packed.py compiles this."""
+    """`attend` without its faster way for short sequences: packed.py compiles this."""
     T, S = q.size(2), k.size(2)
     if attentions is None and softcap is None:
         # is_causal aligns the mask with the first key, which is right only where nothing was cached.

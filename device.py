@@ -11,7 +11,6 @@ import torch
 from configurator import PRECISIONS
 from words import first_line
 
-PIECE, PIECES = 1 << 29, 8  # bytes of the heap, each below what `keep_freed_memory` has malloc take from it
 DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
 
 
@@ -104,16 +103,19 @@ def keep_freed_memory() -> None:
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
     with contextlib.suppress(OSError):  # not glibc: macOS, musl, Windows
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # all that older ones take
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never
+
+
+PIECE, PIECES = 1 << 29, 8  # 4 GiB; malloc would map a piece of 1 GiB outside the heap, as `keep_freed_memory` has it
 
 
 def use_huge_pages() -> None:
-    """Have Linux, where glibc is in use, hold the next gigabytes that are allocated in pages of 2 MiB, not 4 KiB.
+    """Have Linux, where glibc is in use, hold the next 4 GiB that are allocated in pages of 2 MiB, not 4 KiB.
 
-    A processor looks up every page that it reads, and weights are read from end to end at each token. What is advised
-    here are addresses at the end of the heap, which are given back before anything lies there, and take no memory;
-    where `ulimit` or the kernel counts addresses too, nothing is done.
+    A processor looks up every page that it reads, and weights are read from end to end at each token. So much is
+    allocated at the end of the heap, marked and freed untouched: malloc gives the same addresses out later, and until
+    then they take no memory. Where `ulimit` or the kernel counts addresses too, nothing is done.
     """
     keep_freed_memory()
     with contextlib.suppress(ImportError, OSError, RuntimeError):  # not Linux, or no such addresses
@@ -128,3 +130,9 @@ def use_huge_pages() -> None:
         for piece in pieces:
             start = -(-piece.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(PIECE - mmap.PAGESIZE), mmap.MADV_HUGEPAGE)
+
+
+def release_freed_memory() -> None:
+    """Give back to the kernel what lies free between things in use; the addresses behind them stay marked."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(ctypes.c_size_t(PIECE * PIECES))

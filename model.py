@@ -47,7 +47,9 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens held; GPT.forward advances it after the last layer
-        self.frequencies: dict[bool, tuple[Tensor, float]] = {}  # what GPT._frequencies gave, the same at every step
+        self.frequencies: dict[
+            bool, tuple[Tensor, float]
+        ] = {}  # what GPT._new_frequencies gave, the same at every step
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put (B, K, T, D) behind what `layer` holds and return all of it, (B, K, S, D)."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from architecture import GPTConfig
 from attention import attend_in_general, rotate, rotation_at
-from device import pick_dtype
+from device import pick_dtype, release_freed_memory
 from model import GPT, Block, KVCache, LlamaBlock, RMSNorm, append
 
 LARGEST = torch.finfo(torch.float16).max
@@ -110,11 +110,11 @@ def int8_linear(layer: nn.Linear) -> nn.Module:
     return (WideInt8Linear if wide else Int8Linear)(layer)
 
 
-KINDS = {"float16": HalfLinear, "int8": int8_linear}
+LINEAR = {"float16": HalfLinear, "int8": int8_linear}
 
 
-def packed_layer(kind: str, *layers: nn.Linear) -> nn.Module:
-    """One layer that gives what these give of the same input, side by side, with weights as `kind` has them, or as they
+def packed_layer(dtype: str, *layers: nn.Linear) -> nn.Module:
+    """One layer that gives what these give of the same input, side by side, with weights as `dtype` says, or as they
     are where float16 cannot hold them."""
     layer = layers[0]
     if len(layers) > 1:
@@ -122,7 +122,7 @@ def packed_layer(kind: str, *layers: nn.Linear) -> nn.Module:
         layer.weight = nn.Parameter(torch.cat([part.weight for part in layers]), requires_grad=False)
         biases = [part.bias for part in layers if part.bias is not None]  # all of them or none
         layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-    return KINDS[kind](layer) if torch.linalg.vector_norm(layer.weight, math.inf) <= LARGEST else layer
+    return LINEAR[dtype](layer) if torch.linalg.vector_norm(layer.weight, math.inf) <= LARGEST else layer
 
 
 class PackedRMSNorm(nn.Module):
@@ -235,6 +235,7 @@ class PackedLayers(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layer):  # a block's weights are not needed in float32 any more, and go
             self.blocks.append(packed(model.blocks.pop(0), kinds.index(config.is_local(layer)), dtype))
+            release_freed_memory()
         self.norm = model.final_norm if of_gpt2 else PackedRMSNorm(model.final_norm)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -297,9 +298,12 @@ def pick_weight_dtype(name: str, device: torch.device) -> tuple[str, bool]:
 def pack(model: GPT, dtype: str = "float16") -> GPT:
     """Hold the weights of a model's linear layers as `dtype`, float16 or int8, in place; for inference only.
 
-    What is packed is no parameter any more and cannot be saved. A layer with a weight that float16 cannot hold keeps
-    it. Raises ValueError for a model with adapters, and where the processor or PyTorch has no such products.
+    What is packed is no parameter any more and cannot be saved, and there are no blocks. A layer with a weight that
+    float16 cannot hold keeps it. Raises ValueError for a model with adapters or packed already, and where the processor
+    or PyTorch has no such products.
     """
+    if isinstance(model, PackedGPT):
+        raise ValueError("the model is packed already")
     if not can_pack(next(model.parameters()).device):
         raise ValueError(f"dtype={dtype} for weights needs FBGEMM, which PyTorch has for x86 processors only")
     for path, layer in model.named_modules():
@@ -308,12 +312,16 @@ def pack(model: GPT, dtype: str = "float16") -> GPT:
     model.float().eval().requires_grad_(False)
     model.layers = compiled(PackedLayers(model, dtype).eval())
     model.lm_head = packed_layer(dtype, model.lm_head)
+    release_freed_memory()
     model.__class__ = PackedGPT
+    with torch.inference_mode():
+        for _ in range(3):  # TorchScript watches its first passes and holds what they compute: let it be little
+            model(torch.zeros(1, 1, dtype=torch.long), cache=model.new_cache(1, 1))
     return model
 
 
 def compiled(module: nn.Module) -> nn.Module:
-    """As TorchScript, in a second or less. From Python 3.14 on PyTorch promises nothing of it, and the module stays as
+    """As TorchScript, in a second or two. From Python 3.14 on PyTorch promises nothing of it, and the module stays as
     it is, as it does where PYTORCH_JIT=0 asks for that: the numbers are the same."""
     if sys.version_info >= (3, 14):
         return module
