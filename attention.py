@@ -1,4 +1,5 @@
-"""Attention and rotary positions, of any model: functions of tensors and numbers that know no configuration.
+"""Attention and rotary positions, of any model: functions of tensors and numbers that know no configuration. packed.py
+has TorchScript compile `attend`, `rotation_at` and `rotate`, but for what only training needs.
 
 B batch, T time (tokens), S time including what a cache holds, H query heads, K key and value heads, D head size
 """
@@ -31,24 +32,11 @@ def attend(
     `mask` (1 or B, 1, T, S) is true where a query sees a key; None is plain causal. To `attentions` the weights
     (B, H, T, S) are appended.
     """
-    if mask is None and softcap is None and attentions is None and _by_products(q, k):
-        return _attend_by_products(q, k, v, scale, dropout)
-    return attend_in_general(q, k, v, mask, scale, dropout, softcap, attentions)
-
-
-def attend_in_general(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    attentions: list[Tensor] | None = None,
-) -> Tensor:
-    """`attend` without its faster way for short sequences: packed.py compiles this."""
     T, S = q.size(2), k.size(2)
     if attentions is None and softcap is None:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips a block, but reads all of a condition
+            if mask is None and T == S > 1 and _by_products(q):
+                return _attend_by_products(q, k, v, scale, dropout)
         # is_causal aligns the mask with the first key, which is right only where nothing was cached.
         y = F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=k.size(1) != q.size(1)
@@ -69,11 +57,9 @@ def softcapped(scores: Tensor, cap: float | None) -> Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def _by_products(q: Tensor, k: Tensor) -> bool:
-    """Whether whole matrix products are the faster way where nothing was cached: on a processor with fast ones, and for
-    sequences so short that holding the scores costs little. Flash attention is half as fast there as its arithmetic."""
-    if q.size(2) != k.size(2) or q.size(2) == 1:
-        return False
+def _by_products(q: Tensor) -> bool:
+    """Whether whole matrix products are the faster way: on a processor with fast ones, and for sequences so short that
+    holding the scores costs little. Flash attention is half as fast there as its arithmetic."""
     short = q.size(0) * q.size(1) * q.size(2) ** 2 <= SHORT
     return short and q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.compiler.is_compiling()
 

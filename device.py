@@ -1,4 +1,5 @@
-"""Where the arithmetic runs and in which precision: what `auto` means for device, dtype and compile."""
+"""Where the arithmetic runs and in which precision: what `auto` means for device, dtype and compile. And how
+a processor's memory is kept: what is freed, and in which pages."""
 
 import contextlib
 import ctypes

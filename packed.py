@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architecture import GPTConfig
-from attention import attend_in_general, rotate, rotation_at
+from attention import attend, rotate, rotation_at
 from device import pick_dtype, release_freed_memory
 from model import GPT, Block, KVCache, LlamaBlock, RMSNorm, append
 
@@ -165,7 +165,7 @@ class PackedAttention(nn.Module):
         cache = now.cache
         if cache is not None:
             k, v = append(cache[0][self.layer], now.seen, k), append(cache[1][self.layer], now.seen, v)
-        return attend_in_general(q, k, v, now.masks[self.kind], self.scale, softcap=self.softcap)
+        return attend(q, k, v, now.masks[self.kind], self.scale, softcap=self.softcap)
 
 
 class PackedBlock(nn.Module):

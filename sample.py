@@ -62,7 +62,7 @@ from tqdm import tqdm
 import lora
 import packed
 from checkpoint import CheckpointManager
-from device import DTYPES, pick_device, use_huge_pages
+from device import DTYPES, pick_device, release_freed_memory, use_huge_pages
 from generation import check_sampling
 from model import GPT
 from registry.resolve import folder_of
@@ -152,6 +152,7 @@ def lighten(model: GPT, dtype: str, tokenizer: Tokenizer) -> None:
     if lora.adapter_names(model):
         lora.merge_lora(model, dtype=whole)  # generates faster, and rounds once
     model.to(whole)
+    release_freed_memory()
     if dtype == "int8":
         length = min(63, model.config.block_size)
         with tqdm(desc="what int8 costs", total=length + 2, delay=2, disable=None, leave=False) as bar:
