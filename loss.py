@@ -14,13 +14,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 BUFFER = 1 << 26  # logits held at a time; more tokens take several rounds
 ROWS = 16  # that are held in float32 at a time where they have to be: 3 MB of 50,257 ids
 SURE = 0.5  # a target's probability beyond which it is counted from what the others have
-PART = 12_608  # columns of a product at a time: what belongs to them stays in the cache, and two products are faster
 FEW = 64  # columns of a product that are better made as rows
-ALIGNED = 64  # the buffer has a multiple of this many columns, for which the weight's gradient is a quarter faster
+ALIGNED = 64  # the logits have a multiple of this many columns, for which the weight's gradient is a quarter faster
+MANY = 1024  # rows of a product from which a weight is better reordered before it, even if there is no other
+PIECE = 1024  # rows of a matrix that are transposed at a time, within the cache: in half the time
 
 
 def linear_cross_entropy(
@@ -36,49 +38,107 @@ def linear_cross_entropy(
     weights = (weight,)
     if extra is not None:  # one product of wider operands
         x, weights = torch.cat([x, extra[0]], dim=1), (weight, extra[1])
-    narrow = _narrow(weights, x.dtype)
+    factor = _factor(weights, x)
     if not torch.is_grad_enabled():  # which the function itself is not told
         x, weights = x.detach(), [weight.detach() for weight in weights]
-    return LinearCrossEntropy.apply(x, narrow, targets, ignore_index, *weights)
+    return LinearCrossEntropy.apply(x, factor, targets, ignore_index, *weights)
+
+
+_kept = threading.local()
+
+
+class Factor:
+    """A weight (V, C), as it is multiplied by."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The products of x (n, C) and every row of the weight; (n, V) and some columns of anything."""
+        logits = _buffer(x, len(x), _aligned(len(self.weight)))
+        torch.mm(x, self.weight.t(), out=logits[:, : len(self.weight)])
+        return logits
+
+    def back(self, gradients: Tensor) -> Tensor:
+        """From gradients of the logits to those of x, (n, C)."""
+        return gradients[:, : len(self.weight)] @ self.weight
+
+
+class ReorderedFactor(Factor):
+    """In the order in which oneDNN's kernels read it, one for each direction. What comes in another, they reorder in
+    every product, which takes a tenth of its time."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(F.pad(weight, (0, 0, 0, _aligned(len(weight)) - len(weight))))
+        self.there, self.turned = _reordered(self.weight), None
+
+    def logits(self, x: Tensor) -> Tensor:
+        _kept.buffer = None  # the next one takes its place
+        _kept.buffer = _linear(x, self.there)
+        return _kept.buffer
+
+    def back(self, gradients: Tensor) -> Tensor:
+        if self.turned is None:
+            turned = self.weight.new_empty(self.weight.shape[::-1])
+            for target, source in zip(turned.split(PIECE, dim=1), self.weight.split(PIECE), strict=True):
+                target.copy_(source.t())
+            self.turned, self.weight = _reordered(turned), None
+        return _linear(gradients, self.turned)
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised, and the same memory at every call: freed between two of them, its place would be taken by smaller
+    things, and the next one would lie elsewhere. `forget_buffer` frees it."""
+    held = getattr(_kept, "buffer", None)
+    if held is None or held.is_inference() or held.dtype != like.dtype or held.numel() < rows * columns:
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            held = _kept.buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    return held.flatten()[: rows * columns].view(rows, columns)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, *masters: Tensor
+        ctx: FunctionCtx, x: Tensor, factor: Factor, targets: Tensor, ignore_index: int, *masters: Tensor
     ) -> Tensor:
-        """The `masters` are what `weight` (V, C) was cast from, side by side."""
-        (N, _), V = x.shape, weight.size(0)
+        """The `masters` are what `factor` was made from, side by side."""
+        N, V = len(x), len(masters[0])
         for_x, for_masters = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         wide = torch.promote_types(x.dtype, torch.float32)
         counted = targets != ignore_index
         ids = targets.where(counted, 0)
-        weight[:, 0].gather(0, ids)  # raises for an id that is no row of it; what indexes the padded buffer would not
+        masters[0][:, 0].gather(0, ids)  # raises for an id that is no row; what indexes padded logits would not
         count = counted.sum(dtype=wide)
         read = (x * counted[:, None]).split([master.size(1) for master in masters], dim=1)
-        columns = -(-V // ALIGNED) * ALIGNED
-        parts = [slice(at, min(V, at + PART)) for at in range(0, V, PART)]
-        buffer = _buffer(x, max(1, min(N, BUFFER // columns)), columns)
+        size = max(1, min(N, BUFFER // _aligned(V)))
         losses_of = _losses_and_gradients if for_x or any(for_masters) else _losses
         loss, dmasters = x.new_zeros((), dtype=wide), [None] * len(masters)
         dx = torch.empty_like(x) if for_x else None
-        for start in range(0, N, len(buffer)):
-            rows = slice(start, start + len(buffer))
-            padded = buffer[: N - start]
-            padded[:, V:] = -torch.inf
-            logits = padded[:, :V]
-            for part in parts:
-                torch.mm(x[rows], weight[part].t(), out=logits[:, part])
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            logits = factor.logits(x[rows])
+            logits[:, V:] = -torch.inf
             # Not as a matrix product: autocast would round that.
-            loss += (losses_of(padded, ids[rows], wide) * counted[rows]).sum()
+            loss += (losses_of(logits, ids[rows], wide) * counted[rows]).sum()
             if for_x:
-                total = sum(torch.mm(logits[:, part], weight[part]).to(wide) for part in parts)
-                torch.mul(total, counted[rows, None], out=dx[rows])
+                torch.mul(factor.back(logits), counted[rows, None], out=dx[rows])
             for i, wanted in enumerate(for_masters):
                 if not wanted:
                     continue
-                product = _transposed_product(padded, read[i][rows])[:V]  # of the master's shape
-                if len(buffer) < N and start == 0:
+                product = _transposed_product(logits, read[i][rows])[:V]  # of the master's shape
+                if size < N and start == 0:
                     product = product.to(wide)  # a sum over several rounds is not to be rounded at each
                 dmasters[i] = product if start == 0 else dmasters[i].add_(product)
         ctx.save_for_backward(dx, *dmasters)
@@ -93,19 +153,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx, None, None, None, *dmasters
 
 
-_kept = threading.local()
-
-
-def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised, and the same memory at every call: freed between two of them, its place would be taken by smaller
-    things, and the next one would lie elsewhere. `forget_buffer` frees it."""
-    held = getattr(_kept, "buffer", None)
-    if held is None or held.dtype != like.dtype or held.numel() < rows * columns:
-        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
-            held = _kept.buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
-    return held[: rows * columns].view(rows, columns)
-
-
 def forget_buffer() -> None:
     _kept.buffer = None
 
@@ -113,23 +160,30 @@ def forget_buffer() -> None:
 @contextmanager
 def unchanged_weights() -> Iterator[None]:
     """As long as it lasts no weight changes; one that is wider than what it is multiplied by is cast once."""
-    _kept.narrow = {}
+    _kept.factors = {}
     try:
         yield
     finally:
-        _kept.narrow = None
+        _kept.factors = None
 
 
-def _narrow(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """In `dtype` and side by side, (V, C)."""
-    held = getattr(_kept, "narrow", None)
-    if held is not None and (weights, dtype) in held:
-        return held[weights, dtype]
-    narrow = [weight.detach().to(dtype) for weight in weights]
+def _factor(weights: tuple[Tensor, ...], x: Tensor) -> Factor:
+    """The weights in the dtype of x, side by side."""
+    reorder = len(x) >= MANY and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_fast_bfloat16()
+    held = getattr(_kept, "factors", None)
+    key = weights, x.dtype, reorder
+    if held is not None and key in held:
+        return held[key]
+    narrow = [weight.detach().to(x.dtype) for weight in weights]
     narrow = torch.cat(narrow, dim=1) if len(narrow) > 1 else narrow[0]
+    factor = (ReorderedFactor if reorder else Factor)(narrow)
     if held is not None:
-        held[weights, dtype] = narrow
-    return narrow
+        held[key] = factor
+    return factor
+
+
+def _has_fast_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:

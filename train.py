@@ -192,6 +192,7 @@ class Trainer:
         for weight, gradient in zip(self.with_kept_gradient, kept, strict=True):
             weight.grad = gradient
 
+    @unchanged_weights()
     def evaluate(self, stop: StopSignal | None = None) -> dict[str, float] | None:
         """Mean loss on the fixed batches of train and val, nats per token, and val's bits per byte of UTF-8 text.
         None if a signal comes meanwhile."""

@@ -217,13 +217,15 @@ def rehearse_step(
 @contextmanager
 def _own_loss() -> Iterator[None]:
     """loss.py keeps its buffer from step to step: a rehearsal's is to be new, and no real step is to find it. Which
-    tokens are sure is a matter of numbers, which a rehearsal has none of."""
+    tokens are sure is a matter of numbers, which a rehearsal has none of, and oneDNN's orders are of real memory."""
     loss.forget_buffer()
-    rest, loss._rest = loss._rest, lambda probabilities, p: 1 - p
+    replaced = {"_rest": lambda probabilities, p: 1 - p, "_reordered": torch.clone, "_linear": F.linear}
+    own = {name: getattr(loss, name) for name in replaced}
     try:
+        vars(loss).update(replaced)
         yield
     finally:
-        loss._rest = rest
+        vars(loss).update(own)
         loss.forget_buffer()
 
 

@@ -36,13 +36,20 @@ def fused(x, weight, targets, extra=None):
     return loss.linear_cross_entropy(x, weight, targets, IGNORE_INDEX, extra)
 
 
+@pytest.fixture(params=["as it is", "reordered"])
+def order(request, monkeypatch):
+    """The order of a bfloat16 weight in products."""
+    monkeypatch.setattr(loss, "MANY", 1 if request.param == "reordered" else 1 << 30)
+    return request.param
+
+
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("held", [1 << 26, 3 * 128, 1])  # all at once, in rounds of three rows, of one
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
 def test_loss_and_gradients_are_those_of_projection_and_cross_entropy(dtype, tolerance, held, monkeypatch):
     monkeypatch.setattr(loss, "BUFFER", held)
-    monkeypatch.setattr(loss, "PART", 48)  # of 101 columns
     x, weight, targets = tensors(dtype)
     expected, found = plain(x, weight, targets), fused(x, weight, targets)
     assert found.dtype == expected.dtype and abs(found - expected) < tolerance
@@ -54,6 +61,7 @@ def test_loss_and_gradients_are_those_of_projection_and_cross_entropy(dtype, tol
         assert abs(fused(x, weight, targets) - expected) < tolerance
 
 
+@pytest.mark.usefixtures("order")
 def test_a_sum_over_many_rounds_is_not_rounded_at_each(monkeypatch):
     x, weight, targets = tensors(torch.bfloat16)
     x, weight, targets = x.detach().repeat(20, 1), weight.double().detach().requires_grad_(), targets.repeat(20)
@@ -62,6 +70,25 @@ def test_a_sum_over_many_rounds_is_not_rounded_at_each(monkeypatch):
         monkeypatch.setattr(loss, "BUFFER", held)
         (found,) = torch.autograd.grad(fused(x, weight, targets), weight)
         assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.skipif(not loss._has_fast_bfloat16(), reason="oneDNN has no products of bfloat16 here")
+def test_a_weight_is_reordered_once_and_for_many_tokens_of_bfloat16_alone(monkeypatch):
+    reordered, loss_reordered = [], loss._reordered
+    monkeypatch.setattr(loss, "_reordered", lambda weight: reordered.append(weight.shape) or loss_reordered(weight))
+    monkeypatch.setattr(loss, "MANY", N)
+    x, weight, targets = tensors(torch.float32)
+    low = x.detach().bfloat16().requires_grad_()
+    with loss.unchanged_weights():
+        fused(x, weight, targets).backward()
+        fused(low[1:], weight, targets[1:]).backward()
+        assert not reordered
+        with torch.no_grad():
+            fused(low, weight, targets)
+        assert reordered == [(128, C)]  # padded to whole tiles
+        for _ in range(2):
+            fused(low, weight, targets).backward()
+    assert reordered == [(128, C), (C, 128)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,6 +122,7 @@ def test_a_weight_is_cast_once_as_long_as_none_changes():
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("held", [1 << 26, 3 * 128])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -131,12 +159,14 @@ def test_a_head_with_a_bias_has_its_bias():
     torch.testing.assert_close(model(idx, idx, only_loss=True)[1], model(idx, idx)[1])
 
 
-def test_a_buffer_from_inference_mode_serves_training_too():
-    x, weight, targets = tensors(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_from_inference_mode_serves_training_too(order, dtype, monkeypatch):
+    x, weight, targets = tensors(dtype)
     loss.forget_buffer()
     with torch.inference_mode():
         fused(x, weight, targets)
-    fused(x, weight, targets).backward()
+    monkeypatch.setattr(loss, "MANY", N)  # what is reordered leaves its buffer to what is not
+    fused(x[1:], weight, targets[1:]).backward()
     assert weight.grad.isfinite().all()
 
 
@@ -152,9 +182,11 @@ def test_a_mean_over_any_number_of_tokens_is_not_rounded():
         assert (gradient * reference).sum() / reference.square().sum() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [-100, -2, V, V + 5])  # the last within the columns that pad the buffer
-def test_a_target_that_is_no_token_is_refused(wrong):
-    x, weight, targets = tensors(torch.float32)
+def test_a_target_that_is_no_token_is_refused(wrong, dtype):
+    x, weight, targets = tensors(dtype)
     targets[7] = wrong
     for operands in ((x, weight), (x.detach(), weight.detach())):
         with pytest.raises(RuntimeError, match=f"index {wrong} is out of bounds for dimension 0 with size {V}"):
