@@ -8,6 +8,7 @@ with the package gguf and read back before it counts. Transformers needs no expo
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -111,7 +112,8 @@ def to_gguf(directory: Path, out: Path | None = None, dtype: str = "float32", ba
     except OSError as error:
         raise files.save_error(out, error) from None
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that nobody may write to refuses this too
+            staged.unlink()
     size = out.stat().st_size / 1e6
     lines = [f"{out}: {count} tensors in {dtype}, {tokenizer.vocab_size:,} tokens, {size:,.0f} MB; read back, the same"]
     if layout.name == "gpt2" and model.config.activation == "gelu":

@@ -166,7 +166,8 @@ def commit(
         stage(directory / PENDING, marker)
     except BaseException:
         for name in (*contents, *(staged or ())):
-            staged_name(directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as in `stage`
+                staged_name(directory / name).unlink()
         raise
     os.replace(staged_name(directory / PENDING), directory / PENDING)
     sync_directory(directory)

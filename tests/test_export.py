@@ -1,5 +1,6 @@
 """export.py: llama.cpp and Transformers read the GGUF file to the same logits, and its tokenizer to the same ids."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
+import files
 from checkpoint import CheckpointManager
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -173,6 +175,17 @@ def test_a_file_that_is_not_what_it_should_be_is_noticed_and_the_old_one_stays(d
     with pytest.raises(ValueError, match="was not written as it should be"):
         export.to_gguf(tmp_path / "model", out)
     assert out.read_bytes() == b"old" and sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_a_disk_that_nobody_may_write_to_is_one_sentence(dataset, tmp_path, monkeypatch):
+    def refuse(*_, **__):  # such a disk refuses to remove even what is not there
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    saved(tmp_path / "model", dataset, **MODELS["gpt2"])
+    monkeypatch.setattr(export, "write", refuse)
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    with pytest.raises(files.SaveError, match=r"cannot write .*m\.gguf: Read-only file system"):
+        export.to_gguf(tmp_path / "model", tmp_path / "m.gguf")
 
 
 def test_bad_input_is_one_sentence(dataset, tmp_path, script):

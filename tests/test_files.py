@@ -311,3 +311,14 @@ def test_writing_atomically_keeps_the_old_content_when_it_fails(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_disk_that_nobody_may_write_to_any_more_is_told_as_every_failed_save(tmp_path, monkeypatch):
+    def refuse(*_, **__):  # such a disk refuses to remove even what is not there
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(files.SaveError, match=r"cannot write .*a\.bin: Read-only file system.* intact"):
+        files.commit(tmp_path, {"a.bin": refuse}, {"value": 2})
+    assert load(tmp_path) == 1
