@@ -209,7 +209,10 @@ def tokenizer_for(path: str | None, metadata: dict) -> Tokenizer:
 
 def read_prompt(prompt: str | None) -> str:
     if prompt is None:
-        return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        try:
+            return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on stdin cannot be read: {error}") from None
     if prompt.startswith("FILE:"):
         path = files.expanded(prompt.removeprefix("FILE:"))
         try:

@@ -1,5 +1,6 @@
 """sample.py: prompts from everywhere, streaming, and refusals of one sentence."""
 
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 from conftest import QUICK, ROOT, command
 
 from checkpoint import CheckpointManager
+from sample import read_prompt
 from tokenizer import Tokenizer, train_bpe
 
 
@@ -50,6 +52,12 @@ def test_the_prompt_comes_from_the_option_a_file_or_stdin(trained, script, tmp_p
         script("sample.py", trained / "ckpt.pt", *option, input="this paper").stdout,
     }
     assert len(texts) == 1 and texts.pop().startswith("this paper ")
+
+
+def test_a_prompt_on_stdin_that_is_no_text_says_where_it_was_read(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"the prompt on stdin .*byte 0xe9 in position 3"):
+        read_prompt(None)
 
 
 def test_several_samples_differ_and_a_seed_repeats_them(trained, script):
