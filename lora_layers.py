@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lora_config import ALL, ALL_LINEAR, LoRAConfig, nearest
@@ -33,7 +34,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     if not isinstance(weight, nn.Parameter):
         return None  # it is computed anew each time, as by torch.nn.utils.parametrizations, and no delta would stay
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+        return (module.in_features, module.out_features) if _is_product(module) else None
     if isinstance(module, nn.Embedding):
         # A subclass with a forward of its own scales or shifts what it looks up, and a delta would miss that.
         plain = getattr(module, "plain_class", type(module)).forward is nn.Embedding.forward
@@ -41,6 +42,21 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     if weight.dim() == 2 and getattr(module, "nf", None) == weight.size(1):
         return weight.size(0), weight.size(1)  # Transformers' Conv1D: a linear layer that stores (in, out)
     return None
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether a layer gives (B, out) of (B, in). A subclass may have a forward of its own: Falcon's for a product
+    after all, the routers of Phi 3.5 MoE and Llama 4 for a choice of experts, to which no delta can be added."""
+    plain = getattr(layer, "plain_class", type(layer))
+    if plain.forward is nn.Linear.forward or is_quantised(layer.weight):
+        return True
+    x = layer.weight.new_ones(2, layer.in_features)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a router may draw noise
+            y = plain.forward(layer, x)
+    except Exception:  # it may do anything
+        return False
+    return isinstance(y, Tensor) and y.shape == (2, layer.out_features)
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -22,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -376,6 +380,29 @@ def test_an_embedding_that_does_more_than_look_up_is_not_adapted():
         apply_lora(gemma, LoRAConfig(targets=["embed_tokens"]), untie=True)
     with pytest.raises(ValueError, match="'0'"):  # it shortens long rows
         apply_lora(nn.Sequential(nn.Embedding(8, 4, max_norm=1.0), nn.Linear(4, 4)), LoRAConfig(targets=["0"]))
+
+
+def test_a_linear_layer_that_gives_something_else_than_a_product_is_not_adapted():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = PhimoeForCausalLM(PhimoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))
+    assert isinstance(model.model.layers[0].mlp.router, nn.Linear)  # and gives the chosen experts too
+    drawn = torch.get_rng_state()
+    with pytest.raises(ValueError, match="'router'"):
+        apply_lora(model, LoRAConfig(targets=["router"]))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert apply_lora(model, LoRAConfig()).matched == tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
+    model(tokens(1, 4))
+
+
+def test_a_linear_layer_with_a_product_of_its_own_is_adapted():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    falcon = FalconForCausalLM(FalconConfig(**sizes)).eval()
+    assert type(falcon.transformer.h[0].mlp.dense_h_to_4h).forward is not nn.Linear.forward
+    assert len(apply_lora(falcon, LoRAConfig()).matched) == 4
+    x = tokens(1, 4)
+    before = trained(falcon)(x).logits
+    merge_lora(falcon)
+    torch.testing.assert_close(falcon(x).logits, before)
 
 
 def test_the_output_head_that_a_model_names_is_not_in_all_linear_whatever_it_is_called():
