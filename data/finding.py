@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import files
@@ -22,8 +23,9 @@ def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None =
     """A folder under data/ or a path. One that has a prepare.py but no token files yet is prepared first.
 
     `tokenizer` is the tokenizer.json of the model that will read it, if there is one. Where the dataset holds tokens of
-    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned. `ranks`
-    are the processes that call this together, of which one writes.
+    another, its documents are written in those of this one, to a subfolder, and that is the dataset returned; what the
+    model's files say beside the ids (a chat's template, where to stop) counts, not what the dataset's copy says.
+    `ranks` are the processes that call this together, of which one writes.
     """
     directory, ranks = dataset_directory(name), ranks or Ranks()
 
@@ -40,8 +42,10 @@ def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None =
         names = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
         raise FileNotFoundError(f"there is no dataset {name}; data/ has {names}, and the path of a folder will do too")
     dataset, wanted = load_dataset(directory), Tokenizer.load(tokenizer) if tokenizer else None
-    if wanted is None or dataset.tokenizer_fingerprint in (None, wanted.fingerprint):  # None: a nanoGPT folder
+    if wanted is None or dataset.tokenizer_fingerprint is None:  # a nanoGPT folder
         return dataset
+    if dataset.tokenizer_fingerprint == wanted.fingerprint:
+        return replace(dataset, tokenizer_path=Path(tokenizer))
     target = retokenized_directory(dataset, wanted)
 
     def rewrite() -> None:
@@ -51,4 +55,4 @@ def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None =
             retokenize(dataset, wanted)
 
     ranks.main_alone(rewrite)
-    return load_dataset(target)
+    return replace(load_dataset(target), tokenizer_path=Path(tokenizer))

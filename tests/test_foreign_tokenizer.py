@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.finding import find_dataset
 from data.tokens import load_dataset, retokenize, write_dataset
 from tokenizer import ForeignTokenizer, Tokenizer, train_bpe
 
@@ -200,6 +201,18 @@ def test_the_end_of_text_is_also_found_by_its_id(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [eot, 3]}))
     assert Tokenizer.load(path).eot == eot
+
+
+@pytest.mark.parametrize("held", ["its own tokens", "another's"])
+def test_what_a_dataset_keeps_of_a_models_tokenizer_does_not_outlive_a_change_there(held, tmp_path):
+    path = gemma(tmp_path / "gemma")
+    tokenizer = Tokenizer.load(path) if held == "its own tokens" else train_bpe(TEXTS, "own", 400)
+    write_dataset(tmp_path / "d", TEXTS, tokenizer, name="d", source="tests", licence="none", val_fraction=0.2)
+    for template in ("before", "after"):
+        path.with_name("chat_template.jinja").write_text(template)
+        dataset = find_dataset(str(tmp_path / "d"), path)
+        about = json.loads(Tokenizer.load(dataset.tokenizer_path).to_json())["model"]["about"]
+        assert about["chat_template"] == template and dataset.tokenizer_fingerprint == Tokenizer.load(path).fingerprint
 
 
 def test_special_tokens_beyond_the_rows_of_a_model_do_not_count(tmp_path):
