@@ -73,13 +73,13 @@ def generation_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str,
 
 
 def tokenizer_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens, and the template of a chat where another model's has one."""
-    special = special_tokens(tokenizer)
-    if "chat_template" in (about := tokenizer["model"].get("about", {})):
-        special["chat_template"] = about["chat_template"]
+    """tokenizer_config.json, with the special tokens, and the template of a chat and the side of the padding where
+    another model's has them."""
+    about = tokenizer["model"].get("about", {})
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is; the name before and after version 5
-        **special,
+        **special_tokens(tokenizer),
+        **{key: about[key] for key in ("chat_template", "padding_side") if key in about},
         "model_max_length": config.block_size,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,

@@ -1,6 +1,7 @@
 """The files that say what a tokenizer is: tokenizer.json, or what GPT-2 has in its place, and what lies beside."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _special(token: str | dict[str, Any] | None) -> AddedToken | None:
 
 
 def about(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """What the files beside a tokenizer.json say: eos_token and the like, chat_template, stops (the ids)."""
+    """What the files beside a tokenizer.json say: eos_token and the like, chat_template, padding_side, stops (ids)."""
     names = {i: token for token, i in vocabulary.items()}
     tokenizer, generation, model = (_beside(path, name) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG, CONFIG))
     found = {}
@@ -108,7 +109,10 @@ def about(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
     found["eos_token"] = found["eos_token"] or next((names[i] for i in found["stops"]), None)
     template = path.with_name("chat_template.jinja")  # since 2025 a file of its own
     written = template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
-    return {key: value for key, value in {**found, "chat_template": written}.items() if value}
+    # Where nothing is said, Transformers' own classes for Gemma and Llama put padding on the left.
+    on_the_left = re.match("Gemma|Llama", tokenizer.get("tokenizer_class") or "")
+    side = tokenizer.get("padding_side") or ("left" if on_the_left else None)
+    return {key: value for key, value in {**found, "chat_template": written, "padding_side": side}.items() if value}
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

@@ -421,6 +421,7 @@ def test_what_another_models_tokenizer_says_beyond_its_ids_is_said_again(tmp_pat
         "unk_token": "<unk>",
         "pad_token": "<unk>",
         "chat_template": template,
+        "padding_side": "left",  # as `generate` wants it of several texts
     }
     (original / "tokenizer_config.json").write_text(json.dumps(config))
     (original / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "top_k": 64}))
@@ -434,6 +435,7 @@ def test_what_another_models_tokenizer_says_beyond_its_ids_is_said_again(tmp_pat
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         assert getattr(ours, name) == getattr(theirs, name) is not None
     assert ours("a b c").input_ids == theirs("a b c").input_ids == tokenizer.encode("a b c")
+    assert ours.padding_side == theirs.padding_side == "left"
     for described in (opened.generation_config, opened.config):
         ids = described.bos_token_id, described.eos_token_id, described.pad_token_id
         assert ids == (theirs.bos_token_id, [2, 7], theirs.pad_token_id)
