@@ -51,6 +51,7 @@ def prepare_start(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Sta
     Raises ValueError that lists every problem, before a run's directory is touched; FileNotFoundError where a dataset
     or model is missing.
     """
+    _raise_all(different_settings(ranks.gather(asdict(config))), {})
     if config.init_from == "resume":
         return _resume(config, given, ranks)
     _raise_all([f"base={config.base} is for resuming a LoRA run; init_from names a base"] if config.base else [], given)
@@ -305,6 +306,49 @@ def occupied(directory: Path) -> list[str]:
         if strange
         else []
     )
+
+
+PLACES = ("out_dir", "dataset", "init_from", "base")  # what is the same may be called otherwise on another machine
+
+
+def different_settings(found: list[dict[str, Any]]) -> list[str]:
+    """What keeps processes with these settings from being one run: each would use its own, and none notice."""
+    return [
+        f"{key}={values[key]} for rank {rank}, and {found[0][key]} for rank 0: every machine needs the same settings"
+        for rank, values in enumerate(found)
+        for key in values
+        if key not in PLACES and values[key] != found[0][key]
+    ]
+
+
+def check_shared(start: Start, ranks: Ranks) -> None:
+    """Raise ValueError, before any training, if the processes read different tokens or adapt different bases, or if
+    rank 0, which puts saves together, does not see what the others write: on several machines each may have a disk of
+    its own. Collective, in a locked directory."""
+    if ranks.size == 1:
+        return
+    marks = [start.directory / f"rank-{rank}" for rank in range(ranks.size)]
+    files.stage(marks[ranks.rank], b"")  # as their shards will be
+    try:
+        read = ranks.gather((start.dataset.fingerprint, (start.base or {}).get("sha256")))
+        ranks.main_alone(lambda: _raise_all(not_shared(marks, read), {}))
+    finally:
+        files.staged_name(marks[ranks.rank]).unlink(missing_ok=True)
+
+
+def not_shared(marks: list[Path], read: list[tuple[str, str | None]]) -> list[str]:
+    """What rank 0 finds to be otherwise with other ranks, of the files that all have staged and of what they read."""
+    problems = []
+    for rank in range(1, len(marks)):
+        if read[rank] != read[0]:
+            what = "other tokens" if read[rank][0] != read[0][0] else "another base"
+            problems.append(f"rank {rank} reads {what} than rank 0 does")
+        if not files.staged_name(marks[rank]).exists():
+            problems.append(
+                f"rank {rank} writes to another {marks[0].parent} than rank 0: all machines need one out_dir, in a "
+                "file system that they share"
+            )
+    return problems
 
 
 def check_unchanged(start: Start) -> None:

@@ -44,7 +44,7 @@ from loss import unchanged_weights
 from mesh import Mesh
 from model_directory import PLOT, TOKENIZER
 from optimizer import build_optimizer, learning_rate, load_moments, set_rate
-from preflight import Start, check_unchanged, prepare_start
+from preflight import Start, check_shared, check_unchanged, prepare_start
 from tokenizer import Tokenizer
 from words import first_line
 
@@ -456,6 +456,7 @@ def train(config: RunConfig, given: dict[str, str], ranks: Ranks) -> int:
     with files.lock(start.directory) if ranks.main else contextlib.nullcontext(), StopSignal(ranks.main) as stop:
         ranks.main_alone(lambda: check_unchanged(start))
         ranks.main_alone(lambda: files.recover(start.directory))
+        check_shared(start, ranks)
         trainer, notes = set_up(start, ranks)
         announce(trainer, start.notes + notes)
         number = trainer.run(stop)

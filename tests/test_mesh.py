@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import QUICK, ROOT, command
+from conftest import QUICK, ROOT, command, documents
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ import files
 import train
 from architecture import PRESETS
 from checkpoint import CheckpointManager
-from data.tokens import load_dataset
+from data.tokens import load_dataset, write_dataset
 from distributed import Ranks, leave
 from hugging_face import write_weights
 from loss_in_shares import cross_entropy_in_shares, linear_cross_entropy_in_shares
@@ -40,6 +41,7 @@ from mesh import Mesh, mesh_problems
 from model import GPT, GPTConfig
 from parallel import cuts
 from preflight import prepare_start
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 MESHES = {
@@ -562,7 +564,13 @@ def test_an_adapter_saved_by_a_mesh_opens_and_goes_on_like_one_of_a_process(base
 class Run:
     """Processes of train.py as torchrun starts them, each with an environment and limits of its own."""
 
-    def __init__(self, processes: int, *settings: str, largest_file: dict[int, int] | None = None):
+    def __init__(
+        self,
+        processes: int,
+        *settings: str,
+        largest_file: dict[int, int] | None = None,
+        own: dict[int, tuple[str, ...]] | None = None,
+    ):
         port = free_port()
         self.processes = []
         for rank in range(processes):
@@ -571,7 +579,8 @@ class Run:
             size = (largest_file or {}).get(rank)
             limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)) if size else None
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            one = subprocess.Popen(command("train.py", *settings), env=environment, preexec_fn=limit, **pipes)
+            words = command("train.py", *settings, *(own or {}).get(rank, ()))
+            one = subprocess.Popen(words, env=environment, preexec_fn=limit, **pipes)
             self.processes.append(one)
 
     def ended(self, timeout: float = 90) -> tuple[list[int], str, str]:
@@ -602,6 +611,26 @@ def test_a_configuration_that_cannot_be_is_one_message_of_all_problems(dataset, 
     assert "tp=3 is for 3 process(es), and there are 2: mesh_shape=" in errors
     assert "tp=3 does not divide n_head=1" in errors and "tp can be 1" in errors
     assert not (tmp_path / "x").exists()
+
+
+def test_processes_that_are_not_one_run_end_before_they_train(dataset, tmp_path):
+    """As on machines with command lines, disks or datasets of their own."""
+    other, moved = tmp_path / "other", tmp_path / "moved"
+    shutil.copytree(dataset, moved)
+    about = {"name": "tiny", "source": "tests", "licence": "none", "val_fraction": 0.1}
+    write_dataset(other, documents(seed=1), Tokenizer.load(dataset / "tokenizer.json"), **about)
+    begin = (f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", *STEPS, "max_iters=2")
+    for own, words in (
+        (("learning_rate=0.5", "max_iters=1"), ("learning_rate=0.5 for rank 1, and 0.001 for rank 0", "max_iters=1")),
+        ((f"out_dir={tmp_path / 'y'}",), ("rank 1 writes to another", "one out_dir")),
+        ((f"dataset={other}",), ("rank 1 reads other tokens",)),
+    ):
+        codes, said, errors = Run(2, *begin, own={1: own}).ended()
+        assert codes == [1, 1] and errors.count("train.py:") == 1 and "Traceback" not in errors, (own, said, errors)
+        assert all(word in errors for word in words) and not said, (own, said, errors)
+        assert not [path for name in "xy" for path in (tmp_path / name).rglob("*")]
+    codes, _, errors = Run(2, *begin, own={1: (f"dataset={moved}",)}).ended()
+    assert codes == [0, 0] and CheckpointManager.verify(tmp_path / "x") == [], errors
 
 
 def test_sigterm_to_one_process_stops_all_and_the_run_goes_on(dataset, tmp_path):
