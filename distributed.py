@@ -1,11 +1,19 @@
 """The processes of a run, and what they say to each other."""
 
+import ipaddress
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -13,9 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mesh import AXES, Mesh
+from words import first_line
 
-# In the processes' common store: which of them was the first to fail, and how many have asked.
-FAILED, ASKED = "nanoforge/failed", "nanoforge/asked"
+# In the processes' common store: which of them was the first to fail, how many have asked, the last one's address.
+FAILED, ASKED, ADDRESS = "nanoforge/failed", "nanoforge/asked", "nanoforge/address"
+MEETING = timedelta(minutes=5)  # that all processes, which torchrun starts together, may take until they are connected
 ASKING_SECONDS = 5.0  # for the others, before the store goes with the process that keeps it
 PATIENCE = timedelta(days=1)  # with rank 0, which may prepare a dataset meanwhile; one that ends is noticed at once
 
@@ -36,7 +46,22 @@ class Ranks:
             if torch.cuda.is_available():
                 torch.cuda.set_device(self.local)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            self._meet(backend)
+
+    def _meet(self, backend: str) -> None:
+        """Connect the processes. Raises OSError, with what may help, if one cannot be reached."""
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+            if int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) < self.size:
+                announce_reachable_address(store, self.rank == self.size - 1)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=MEETING)
+        except RuntimeError as error:  # dist.DistError is one
+            raise OSError(
+                f"rank {self.rank} of {self.size} does not reach the others ({first_line(error)}): --master_addr or "
+                "--rdzv_endpoint must be an address that all machines reach, and GLOO_SOCKET_IFNAME can name the "
+                "network interface that leads to them"
+            ) from None
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
     def arrange(self, mesh: Mesh, device_type: str) -> None:
         """Give every process its place in the mesh, which has as many places as there are processes."""
@@ -113,6 +138,50 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def announce_reachable_address(store: dist.Store, last: bool) -> None:
+    """Have gloo tell other machines an address at which they reach this one, by way of GLOO_SOCKET_IFNAME.
+
+    It tells them that of this machine's name, which Debian's /etc/hosts and others make 127.0.1.1. The interface that
+    leads to MASTER_ADDR serves; on the machine whose name that is, the one that leads to the `last` process's.
+    """
+    address = address_towards(os.environ["MASTER_ADDR"])
+    if last:
+        store.set(ADDRESS, address)
+    if "GLOO_SOCKET_IFNAME" in os.environ or not is_loopback(address_towards(socket.gethostname())):
+        return
+    if is_loopback(address):
+        address = address_towards(store.get(ADDRESS).decode())
+    if not is_loopback(address) and (interface := interface_with(address)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def address_towards(host: str) -> str:
+    """This machine's IPv4 address on the way to a host, "127.0.0.1" if none is known; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect((host, 9))
+            return way.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def interface_with(address: str) -> str | None:
+    """The network interface that has an IPv4 address, where the system is Linux."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex() if fcntl and sys.platform == "linux" else ():
+            try:
+                answer = fcntl.ioctl(asked, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def leave(code: int) -> NoReturn:

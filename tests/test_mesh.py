@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Hashable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import configurator
+import distributed
 import families
 import files
 import train
@@ -178,6 +180,38 @@ def _worker(rank, processes, port, results, work, arguments):
         results.put(result)
     ranks.close()
     leave(0)
+
+
+def test_gloo_announces_an_address_that_other_machines_reach(monkeypatch):
+    """Where the machine's name is one of loopback, as Debian has it, to itself and in /etc/hosts."""
+    own = distributed.address_towards("192.0.2.1")  # the way there is looked up and not gone
+    if sys.platform != "linux" or distributed.is_loopback(own):
+        pytest.skip("needs Linux and a network interface")
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "given")
+    for master, found in ((own, own), ("localhost", own), ("localhost", "127.0.0.1")):
+        monkeypatch.setenv("MASTER_ADDR", master)
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+        store = torch.distributed.HashStore()
+        store.set(distributed.ADDRESS, found)
+        distributed.announce_reachable_address(store, last=False)
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == (
+            None if found == "127.0.0.1" else distributed.interface_with(own)
+        )
+    os.environ["GLOO_SOCKET_IFNAME"] = "given"
+    distributed.announce_reachable_address(store, last=True)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "given" and store.get(distributed.ADDRESS) == b"127.0.0.1"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_never_meet_say_so(monkeypatch, rank):
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1), raising=False)
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=1))
+    with pytest.raises(OSError, match=f"rank {rank} of 2 does not reach the others .*GLOO_SOCKET_IFNAME"):
+        Ranks()
 
 
 LETTING_GO = """
