@@ -29,7 +29,7 @@ from device import pick_dtype, release_freed_memory
 from model import GPT, Block, KVCache, LlamaBlock, RMSNorm, append
 
 LARGEST = torch.finfo(torch.float16).max
-WIDE, MANY = 768, 3 << 20  # inputs and weights from which a product of integers is the faster one
+WIDE, MANY = 512, 3 << 20  # inputs and weights from which a product of integers is the faster one
 STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
 
 
