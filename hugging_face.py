@@ -89,13 +89,14 @@ def tokenizer_config(config: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, 
 def special_tokens(tokenizer: dict[str, Any]) -> dict[str, str]:
     """{"eos_token": ...} and the like, of a tokenizer.json as tokenizer.py writes it.
 
-    Ours has GPT-2's: one that begins, ends and stands for what is unknown. None pads: fine-tuning tools leave padding
-    out of the loss, and would never teach the model to end.
+    Ours has GPT-2's: one that begins, ends and stands for what is unknown. None pads, unless another model's files say
+    so: fine-tuning tools leave padding out of the loss, and would never teach the model to end.
     """
-    if "eot" not in tokenizer["model"]:
-        known = any(token["content"] == EOT for token in tokenizer["added_tokens"])
-        return dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT) if known else {}
-    about = {"eos_token": tokenizer["model"]["eot"], **tokenizer["model"].get("about", {})}
+    about = tokenizer["model"].get("about", {})
+    if "eot" in tokenizer["model"]:
+        about = {"eos_token": tokenizer["model"]["eot"], **about}
+    elif any(token["content"] == EOT for token in tokenizer["added_tokens"]):
+        about = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT) | about
     return {key: value for key, value in about.items() if key.endswith("_token")}
 
 

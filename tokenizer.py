@@ -31,7 +31,17 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import files
-from tokenizer_files import EOT, MERGES, VOCABULARY, about, find_tokenizer, from_merges, no_tokenizer
+from tokenizer_files import (
+    EOT,
+    MERGES,
+    OF_BATCHES,
+    VOCABULARY,
+    about,
+    find_tokenizer,
+    from_merges,
+    no_tokenizer,
+    of_batches,
+)
 
 Merge = tuple[bytes, bytes]
 
@@ -76,6 +86,7 @@ class Tokenizer:
         self.eot = len(_BYTES) + len(merges)
         self.vocab_size = self.drawn = self.eot + 1
         self.stops = (self.eot,)
+        self._about = {}  # of OF_BATCHES, where it is another model's
         self._merges = list(merges)
         self._tokens = [*(bytes([byte]) for byte in _BYTES), *(left + right for left, right in merges)]
         self._tiktoken = tiktoken.Encoding(
@@ -170,7 +181,8 @@ class Tokenizer:
         model = content["model"]
         model["merges"] = [" ".join(merge) for merge in model["merges"]]  # readers before 2024 know no pairs
         # Readers pass over unknown keys in here, and fail on them at the top level.
-        content["model"] = {"type": model.pop("type"), "name": self.name, **model}
+        own = {"name": self.name} | ({"about": self._about} if self._about else {})
+        content["model"] = {"type": model.pop("type"), **own, **model}
         return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     def save(self, path: str | os.PathLike) -> None:
@@ -199,7 +211,7 @@ class Tokenizer:
         if path.name == VOCABULARY and path.with_name(MERGES).exists():
             content = from_merges(path)
         try:
-            return _from_json(content)
+            tokenizer = _from_json(content)
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{path} is JSON, but not a tokenizer.json") from None
         except ValueError as reason:  # it is not in GPT-2's layout
@@ -207,6 +219,9 @@ class Tokenizer:
                 return ForeignTokenizer(content, path)
             except ValueError as error:
                 raise ValueError(f"{path} cannot be used: {error} (and it is not GPT-2's: {reason})") from error
+        said = content["model"].get("about") or of_batches(path)
+        tokenizer._about = {key: said[key] for key in OF_BATCHES if key in said}
+        return tokenizer
 
 
 class ForeignTokenizer(Tokenizer):

@@ -19,6 +19,7 @@ GPT2 = {"gpt2", "GPT2Tokenizer", "GPT2TokenizerFast"}
 SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
 SPECIAL |= dict.fromkeys(("sep_token", "pad_token", "cls_token", "mask_token"))
 ENDS = ("bos_token", "eos_token")  # which tokenizer_config.json may ask for around every text
+OF_BATCHES = ("pad_token", "padding_side", "chat_template")  # what is said beside a tokenizer.json and changes no ids
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -96,23 +97,31 @@ def _special(token: str | dict[str, Any] | None) -> AddedToken | None:
 
 
 def about(path: Path, vocabulary: dict[str, int]) -> dict[str, Any]:
-    """What the files beside a tokenizer.json say: eos_token and the like, chat_template, padding_side, stops (ids)."""
+    """What the files beside a tokenizer.json say: OF_BATCHES, eos_token and the like, stops (ids)."""
     names = {i: token for token, i in vocabulary.items()}
-    tokenizer, generation, model = (_beside(path, name) for name in (TOKENIZER_CONFIG, GENERATION_CONFIG, CONFIG))
-    found = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = tokenizer.get(key)
-        found[key] = value.get("content") if isinstance(value, dict) else value
-    ends = [source.get("eos_token_id") for source in (generation, model)]
+    settings = _beside(path, TOKENIZER_CONFIG)
+    found = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token")}
+    ends = [_beside(path, name).get("eos_token_id") for name in (GENERATION_CONFIG, CONFIG)]
     ids = next((end if isinstance(end, list) else [end] for end in ends if end is not None), [])
     found["stops"] = [i for i in ids if i in names]
     found["eos_token"] = found["eos_token"] or next((names[i] for i in found["stops"]), None)
-    template = path.with_name("chat_template.jinja")  # since 2025 a file of its own
-    written = template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template")
+    return {key: value for key, value in found.items() if value} | of_batches(path)
+
+
+def of_batches(path: Path) -> dict[str, Any]:
+    """OF_BATCHES, as far as the files beside a tokenizer.json say them."""
+    settings, template = _beside(path, TOKENIZER_CONFIG), path.with_name("chat_template.jinja")
     # Where nothing is said, Transformers' own classes for Gemma and Llama put padding on the left.
-    on_the_left = re.match("Gemma|Llama", tokenizer.get("tokenizer_class") or "")
-    side = tokenizer.get("padding_side") or ("left" if on_the_left else None)
-    return {key: value for key, value in {**found, "chat_template": written, "padding_side": side}.items() if value}
+    on_the_left = re.match("Gemma|Llama", settings.get("tokenizer_class") or "")
+    side = settings.get("padding_side") or ("left" if on_the_left else None)
+    # Since 2025 the template is a file of its own.
+    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    said = zip(OF_BATCHES, (_content(settings.get("pad_token")), side, chat), strict=True)
+    return {key: value for key, value in said if value}
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

@@ -444,6 +444,32 @@ def test_what_another_models_tokenizer_says_beyond_its_ids_is_said_again(tmp_pat
     assert save(tmp_path / "again", model, again) and again.to_json() == tokenizer.to_json()
 
 
+@pytest.mark.parametrize("template", ["in a file of its own", "among the settings"])
+def test_what_another_models_tokenizer_says_is_said_again_of_one_in_gpt2s_layout(template, tmp_path, quiet):
+    """As DialoGPT's: a chat's template, and padding, in files beside a tokenizer.json that could be ours."""
+    original, chat = tmp_path / "original", [{"role": "user", "content": "the model"}]
+    original.mkdir()
+    train_bpe(["the model shows the loss"] * 9, "bpe-other", vocab_size=280).save(original / "tokenizer.json")
+    text = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    pad = {"__type": "AddedToken", "content": EOT}
+    said = {"eos_token": EOT, "pad_token": pad, "padding_side": "left", "chat_template": text}
+    if template == "in a file of its own":
+        (original / "chat_template.jinja").write_text(said.pop("chat_template"))
+    (original / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = Tokenizer.load(original)
+    assert tokenizer.fingerprint == train_bpe(["the model shows the loss"] * 9, "x", vocab_size=280).fingerprint
+    model = GPT(GPTConfig(32, tokenizer.vocab_size, 1, 2, 8))
+    directory = save(tmp_path / "m", model, tokenizer)
+    again = save(tmp_path / "again", model, Tokenizer.load(directory))
+    with quiet():
+        theirs = AutoTokenizer.from_pretrained(original)
+        for ours in map(AutoTokenizer.from_pretrained, (directory, again)):
+            assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+            assert ours.pad_token == theirs.pad_token == EOT and ours.padding_side == theirs.padding_side == "left"
+            assert ours("the model").input_ids == tokenizer.encode("the model")
+    assert (again / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
 def test_a_deployed_model_opens_too(tmp_path, tokenizer, quiet, script):
     model = gpt(tokenizer)
     directory = save(tmp_path / "m", model, tokenizer, training_state={})

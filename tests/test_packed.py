@@ -141,7 +141,7 @@ def test_int8_layers_can_be_of_any_width(width):
 @pytest.mark.parametrize("width", [packed.WIDE, 1000])
 def test_large_int8_layers_see_each_row_of_activations_in_16_bits(width):
     torch.manual_seed(0)
-    layer, x = nn.Linear(width, 4200), torch.randn(2, 3, width)
+    layer, x = nn.Linear(width, 6200), torch.randn(2, 3, width)
     x[0, 0], x[0, 1], x[1, 1, 5] = 0, x[0, 1] * 1e-3, 500.0
     made = packed.int8_linear(layer)
     assert type(made) is packed.WideInt8Linear
