@@ -48,6 +48,7 @@ from model_directory import (
     read_about,
     status,
 )
+from words import in_shell, merge_first
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -287,7 +288,7 @@ class CheckpointManager:
             raise FileNotFoundError(
                 f"{directory} needs its base, and there is none at {path}: {Path(about['base']['path']).name} with "
                 f"sha256 {expected} ({about['base']['given']} in training); if it was moved, --base says where: "
-                f"python merge_lora.py {directory} --base PLACE makes a model that needs none"
+                f"python merge_lora.py {in_shell(directory)} --base PLACE makes a model that needs none"
             ) from None
         if found != expected:
             raise ValueError(
@@ -383,7 +384,7 @@ def _sha256(directory: Path, name: str) -> str:
     """The hash of a directory's weights: the marker's, which loading compares with them, or else that of the file."""
     marker = files.read_marker(directory)
     if is_lora(marker):
-        raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
+        raise ValueError(merge_first(directory))
     if name in files.listed(marker):
         return marker["files"][name]["sha256"]
     digests = []

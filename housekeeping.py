@@ -29,7 +29,7 @@ from model_directory import (
     read_about,
 )
 from naming import ModelName
-from words import as_table
+from words import as_table, merge_first
 
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of macOS and Windows
 
@@ -73,7 +73,7 @@ def deploy(directory: Path, destination: Path) -> str:
     if about is None:
         raise ValueError(f"{directory} is not a complete model directory")
     if is_lora(about):
-        raise ValueError(f"{directory} is a LoRA directory: merge it first (python merge_lora.py {directory})")
+        raise ValueError(merge_first(directory))
     there = read_about(destination) if destination.is_dir() else None
     if there is not None and (there["name"] != about["name"] or is_lora(there)):
         raise ValueError(f"{destination} holds another model, {there['name']}: choose a new folder or remove it")

@@ -9,7 +9,6 @@ What merging and rounding cost is printed for every dtype and kept in the new di
 
 import argparse
 import copy
-import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,6 +59,7 @@ from model_directory import ADAPTER_WEIGHTS, TOKENIZER, is_lora, read_about, sta
 from naming import ModelName, size_label
 from registry.resolve import folder_of
 from tokenizer import Tokenizer
+from words import in_shell
 
 SEQUENCES, LENGTH = 4, 256  # tokens to compare logits on: few, for a vocabulary may have 262,144 entries
 # Merging changes the order of a few sums: float32 logits move by about 1e-6 of the largest. More is a wrong merge.
@@ -200,7 +200,8 @@ def conventional_destination(directory: Path, count: int) -> Path:
     try:
         name = replace(ModelName.parse(directory.resolve().name), training_type="merged")
     except ValueError as error:
-        raise ValueError(f"{error}; so say where the merged model shall go: merge_lora.py {directory} NEW") from None
+        command = f"merge_lora.py {in_shell(directory)} NEW"
+        raise ValueError(f"{error}; so say where the merged model shall go: {command}") from None
     return directory.parent / str(name if name.fits(count) else replace(name, size=size_label(count)))
 
 
@@ -244,7 +245,7 @@ def summary(destination: Path, model: GPT, merge_of: dict[str, Any], checks: dic
         lines.append("the adapter changes nothing: it is as it was before its first step")
     if merge_of["untied"]:
         lines.append(f"untied: {', '.join(merge_of['untied'])} no longer shares its weight")
-    lines.append(f'try it: python sample.py {shlex.quote(destination.as_posix())} --prompt "In this paper we"')
+    lines.append(f'try it: python sample.py {in_shell(destination)} --prompt "In this paper we"')
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from registry.catalogue import find_spec
 from registry.resolve import find_model, is_path
 from tokenizer_files import no_tokenizer
 from weights import build_model, reshaped
+from words import in_shell, merge_first
 
 
 @dataclass
@@ -141,8 +141,8 @@ def _resume(config: RunConfig, given: dict[str, str], ranks: Ranks) -> Start:
     if state["iter_num"] < config.max_iters and (adapters := [path.name for path in only_base_of(directory)]):
         problems.append(
             f"{', '.join(adapters)} adapts the weights of {directory}, which would be replaced: keep a copy beside it, "
-            f"the adapter's --base from then on (python checkpoint.py deploy {shlex.quote(str(directory))} "
-            f"{shlex.quote(str(files.free_name(directory.resolve(), '-base')))})"
+            f"the adapter's --base from then on (python checkpoint.py deploy {in_shell(directory)} "
+            f"{in_shell(files.free_name(directory.resolve(), '-base'))})"
         )
     if state.get("threads") not in (None, torch.get_num_threads()) and not torch.cuda.is_available():
         notes.append(
@@ -226,7 +226,7 @@ def base_model(config: RunConfig, given: dict[str, str], mapped: bool = False) -
     model = CheckpointManager.load_model(source, mapped=mapped)[0]
     model = model if mapped else model.float()  # half-precision weights would not learn small steps
     if lora.adapter_names(model):
-        raise ValueError(f"{source} is a LoRA directory: merge it first (python merge_lora.py {source})")
+        raise ValueError(merge_first(source))
     shape = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_word_embeddings")
     problems = [
         f"{key}={getattr(config, key)} is not what {source} has, {getattr(model.config, key)}"

@@ -15,7 +15,6 @@ from none of them.
 import contextlib
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -46,7 +45,7 @@ from model_directory import PLOT, TOKENIZER
 from optimizer import build_optimizer, learning_rate, load_moments, set_rate
 from preflight import Start, check_shared, check_unchanged, prepare_start
 from tokenizer import Tokenizer
-from words import first_line
+from words import first_line, in_shell
 
 REPEATED_SIGNAL_SECONDS = 1.0  # torchrun repeats to its children the Ctrl-C that the terminal has sent them already
 
@@ -435,7 +434,7 @@ def announce(trainer: Trainer, notes: list[str]) -> None:
 def conclude(trainer: Trainer, number: int) -> None:
     """Where the run is, and what can be done with it now; `number` is the signal that stopped it, or 0."""
     log, where = trainer.log, f"iteration {trainer.iter_num:,} is saved in {trainer.directory}"
-    place = shlex.quote(trainer.directory.as_posix())  # a backslash would get quotes, which cmd.exe does not know
+    place = in_shell(trainer.directory)
     stopped = f"stopped by {signal.Signals(number).name}" if number else ""
     if stopped and trainer.saved_at is None:
         log.say(f"{stopped}: before the first step, so there was nothing to save\nstart it again as before")

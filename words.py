@@ -1,8 +1,10 @@
 """What messages, tables and pictures are put together from."""
 
 import io
+import shlex
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +18,15 @@ def first_few(problems: Iterable[str], shown: int = 5) -> str:
     problems = list(problems)
     more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
     return "; ".join(problems[:shown] + more)
+
+
+def in_shell(path: Path) -> str:
+    """A path as a command takes it; a backslash would get quotes, which cmd.exe does not know."""
+    return shlex.quote(path.as_posix())
+
+
+def merge_first(directory: Path) -> str:
+    return f"{directory} is a LoRA directory: merge it first (python merge_lora.py {in_shell(directory)})"
 
 
 def misfits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

@@ -1092,6 +1092,7 @@ def test_a_script_without_arguments_needs_no_network(tmp_path):
 MISTAKES = {
     "no such file": (["--files", "/nowhere.txt"], "/nowhere.txt: no such file"),
     "no files": (["--source", "files"], "--source files needs --files"),
+    "an empty path": (["--files", ""], "--source files needs --files PATH ..., and one is empty"),
     "files and hub": (["--source", "hub", "--files", "x.txt"], "--files means nothing with --source hub"),
     "split and docs": (["--source", "docs", "--split", "line"], "--split means nothing with --source docs"),
     "no size": (["--vocab_size", "0", "--files", "PAPERS"], "--vocab_size 0 must be at least 1"),

@@ -585,7 +585,10 @@ def test_list_deploy_and_prune_know_what_a_lora_directory_is(base, adapted, data
     assert "gpt-46K-tiny-lora" in listed and "torn" not in listed
     done = script("checkpoint.py", "prune", root, "--yes")
     assert f"kept {old}: it is the base of gpt-46K-tiny-lora-v2" in done.stdout and old.is_dir()
-    refused(script("checkpoint.py", "deploy", adapted, tmp_path / "d"), "is a LoRA directory: merge it first")
+    spaced = tmp_path / "an adapter"
+    spaced.symlink_to(adapted)
+    done = script("checkpoint.py", "deploy", spaced, tmp_path / "d")
+    refused(done, f"is a LoRA directory: merge it first (python merge_lora.py '{spaced}')")
     assert not (tmp_path / "d").exists()
 
 
