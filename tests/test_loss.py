@@ -73,7 +73,7 @@ def test_a_sum_over_many_rounds_is_not_rounded_at_each(monkeypatch):
 
 
 @pytest.mark.skipif(not loss._has_fast_bfloat16(), reason="oneDNN has no products of bfloat16 here")
-def test_a_weight_is_reordered_once_and_for_many_tokens_of_bfloat16_alone(monkeypatch):
+def test_a_weight_is_reordered_once_for_many_tokens_of_bfloat16_alone(monkeypatch):
     reordered, loss_reordered = [], loss._reordered
     monkeypatch.setattr(loss, "_reordered", lambda weight: reordered.append(weight.shape) or loss_reordered(weight))
     monkeypatch.setattr(loss, "MANY", N)
@@ -85,10 +85,10 @@ def test_a_weight_is_reordered_once_and_for_many_tokens_of_bfloat16_alone(monkey
         assert not reordered
         with torch.no_grad():
             fused(low, weight, targets)
-        assert reordered == [(128, C)]  # padded to whole tiles
+        assert not reordered
         for _ in range(2):
             fused(low, weight, targets).backward()
-    assert reordered == [(128, C), (C, 128)]
+    assert reordered == [(C, 128)]  # padded as the logits are
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,14 +159,12 @@ def test_a_head_with_a_bias_has_its_bias():
     torch.testing.assert_close(model(idx, idx, only_loss=True)[1], model(idx, idx)[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_buffer_from_inference_mode_serves_training_too(order, dtype, monkeypatch):
-    x, weight, targets = tensors(dtype)
+def test_a_buffer_from_inference_mode_serves_training_too():
+    x, weight, targets = tensors(torch.float32)
     loss.forget_buffer()
     with torch.inference_mode():
         fused(x, weight, targets)
-    monkeypatch.setattr(loss, "MANY", N)  # what is reordered leaves its buffer to what is not
-    fused(x[1:], weight, targets[1:]).backward()
+    fused(x, weight, targets).backward()
     assert weight.grad.isfinite().all()
 
 
