@@ -75,8 +75,8 @@ class ReorderedFactor(Factor):
             turned = self.weight.new_zeros(C, gradients.size(1))
             for target, source in zip(turned[:, :V].split(PIECE, dim=1), self.weight.split(PIECE), strict=True):
                 target.copy_(source.t())
-            self.reordered = _reordered(turned)
             self.weight = turned[:, :V].t()  # which is a little faster to multiply by in the other direction too
+            self.reordered = _reordered(turned)
         return _linear(gradients, self.reordered)
 
 
