@@ -44,8 +44,6 @@ def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None =
     dataset, wanted = load_dataset(directory), Tokenizer.load(tokenizer) if tokenizer else None
     if wanted is None or dataset.tokenizer_fingerprint is None:  # a nanoGPT folder
         return dataset
-    if dataset.tokenizer_fingerprint == wanted.fingerprint:
-        return replace(dataset, tokenizer_path=Path(tokenizer))
     target = retokenized_directory(dataset, wanted)
 
     def rewrite() -> None:
@@ -54,5 +52,7 @@ def find_dataset(name: str, tokenizer: Path | None = None, ranks: Ranks | None =
             print(f"{directory} holds tokens of {own}; writing it in those of {wanted.name} to {target}", flush=True)
             retokenize(dataset, wanted)
 
-    ranks.main_alone(rewrite)
-    return replace(load_dataset(target), tokenizer_path=Path(tokenizer))
+    if dataset.tokenizer_fingerprint != wanted.fingerprint:
+        ranks.main_alone(rewrite)
+        dataset = load_dataset(target)
+    return replace(dataset, tokenizer_path=Path(tokenizer))

@@ -49,7 +49,7 @@ def from_files(patterns: list[str], split: str | None = None, text_column: str |
     lines between two blank ones; by default a file is one if there are several, and a block if there is one file.
     Raises FileNotFoundError or ValueError: at once for names, while streaming for what is wrong in a file.
     """
-    if not all(patterns) or not patterns:  # an empty one would be the folder that one happens to be in
+    if not patterns or not all(patterns):  # an empty one would be the folder that one happens to be in
         raise ValueError("--source files needs --files PATH ..." + (", and one is empty" if patterns else ""))
     if split not in (None, *UNITS):
         raise ValueError(f"--split {split} must be one of {', '.join(UNITS)}")
