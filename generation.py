@@ -1,18 +1,24 @@
-"""Text from a model that gives logits: one token at a time, drawn as asked, with a cache that never changes a token."""
+"""Text from a model that gives logits: one token at a time, drawn as asked, with a cache that never changes a token.
+
+packed.py has TorchScript compile `draw` and what it calls.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUP = 16  # logits that are looked at together
 COLDEST = 1e-30  # a temperature below it would divide logits to infinity, and is as good as greedy
 
 
 class Generation:
     """Mixed into GPT, of which it uses config.block_size, forward, new_cache and rope_changes."""
+
+    def draw(self, *asked) -> tuple[Tensor, Tensor]:
+        """As the function of that name; a packed model has it compiled."""
+        return draw(*asked)
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
         """The prompt (B, T) with up to max_new_tokens more, (B, T + n). Keyword arguments are those of `stream`.
@@ -66,7 +72,7 @@ class Generation:
                         cache.length = 0
                     unseen = idx if cache is None else idx[:, cache.length :]
                     logits, _ = self(unseen, cache=cache, attention_mask=attention_mask)
-                    token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
+                    token = sample(logits[:, -1, :vocab_size], temperature, top_k, top_p, generator, self.draw)  # (B,)
                     if any(stopped):
                         token = torch.where(torch.tensor(stopped, device=idx.device), idx[:, -1], token)
                     if stops:
@@ -97,53 +103,61 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         )
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
-
-    top_k keeps the k likeliest tokens, of equally likely ones any; top_p (Holtzman et al. 2020) the smallest set whose
-    probabilities reach it. Raises ValueError for settings outside their range, and for logits that are not finite.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
-        token = logits.argmax(dim=-1)  # which takes NaN for the highest
-        _check_finite(logits.gather(1, token[:, None]))
-        return token
-    logits, ids = logits.float(), None
+def draw(
+    logits: Tensor, numbers: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """What `sample` draws at random numbers (B, 1) between 0 and 1, (B,), and whether all were finite."""
+    logits = logits.float()
+    ids: Tensor | None = None  # of the logits, where these are not all there are
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = highest(logits, top_k)  # (B, k), in descending order
-    logits = logits / max(temperature, COLDEST)
+    logits = logits / temperature
     if top_p is not None and top_p < 1:
         if ids is None:
             logits, ids = logits.sort(descending=True)
         probabilities = logits.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # what precedes already reaches top_p
         logits = logits.masked_fill(outside, -math.inf)
-    # torch.multinomial draws a number for every id, which takes longer than all of the above.
-    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64 if logits.device.type != "mps" else None)  # (B, V)
-    _check_finite(ends[:, -1])
-    drawn = torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator) * ends[:, -1:]
-    token = torch.searchsorted(ends, drawn, right=True)
-    return (token if ids is None else ids.gather(1, token))[:, 0]
+    ends = logits.softmax(dim=-1).cumsum(dim=-1, dtype=numbers.dtype)  # (B, V)
+    token = torch.searchsorted(ends, numbers * ends[:, -1:], right=True).clamp_(max=ends.size(1) - 1)  # NaN is behind
+    return (token if ids is None else ids.gather(1, token))[:, 0], ends[:, -1].isfinite().all()
 
 
-def _check_finite(numbers: Tensor) -> None:
-    if not numbers.isfinite().all():
-        raise ValueError("the logits have numbers that are not finite: nothing can be drawn from them")
-
-
-def highest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def highest(logits: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
     """`logits.topk(k)`, on a processor in less time: they are in the k groups whose highest are the highest."""
-    count = logits.size(-1) // GROUP
+    count = logits.size(-1) // group
     if logits.device.type != "cpu" or count < 4 * k:
         return logits.topk(k)
-    groups = logits[:, : GROUP * count].unflatten(1, (GROUP, count)).amax(dim=1).topk(k, sorted=False).indices
-    ids = (groups[:, None] + count * torch.arange(GROUP)[:, None]).flatten(1)  # (B, GROUP * k)
-    ids = torch.cat([ids, torch.arange(GROUP * count, logits.size(-1)).expand(len(ids), -1)], dim=1)
+    groups = logits[:, : group * count].unflatten(1, (group, count)).amax(dim=1).topk(k, sorted=False).indices
+    ids = (groups[:, None] + count * torch.arange(group)[:, None]).flatten(1)  # (B, group * k)
+    ids = torch.cat([ids, torch.arange(group * count, logits.size(-1)).expand(len(ids), -1)], dim=1)
     found, at = logits.gather(1, ids).topk(k)
     return found, ids.gather(1, at)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    draw: Callable[..., tuple[Tensor, Tensor]] = draw,
+) -> Tensor:
+    """Draw one token id (B,) from logits (B, V), with Transformers' order: temperature, then top-k, then top-p.
+
+    top_k keeps the k likeliest tokens, of equally likely ones any; top_p (Holtzman et al. 2020) the smallest set whose
+    probabilities reach it. `draw` is the function of that name, compiled. Raises ValueError for settings outside their
+    range, and for logits that are not finite.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        token = logits.argmax(dim=-1)  # which takes NaN for the highest
+        finite = logits.gather(1, token[:, None]).isfinite().all()
+    else:
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        # torch.multinomial draws a number for every id, which takes longer than all else that is done here.
+        numbers = torch.rand(len(logits), 1, dtype=wide, device=logits.device, generator=generator)
+        token, finite = draw(logits, numbers, max(temperature, COLDEST), top_k, top_p)
+    if not finite:
+        raise ValueError("the logits have numbers that are not finite: nothing can be drawn from them")
+    return token

@@ -16,8 +16,8 @@ and the functions that they call know tensors, numbers, lists and tuples.
 import math
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from torch.nn import functional as F
 from architecture import GPTConfig
 from attention import attend, rotate, rotation_at
 from device import pick_dtype, release_freed_memory
+from generation import draw
 from model import GPT, Block, KVCache, LlamaBlock, RMSNorm, append
 
 LARGEST = torch.finfo(torch.float16).max
-WIDE, MANY = 512, 3 << 20  # inputs and weights from which a product of integers is the faster one
+WIDE, MANY = 320, 3 << 20  # inputs and weights from which a product of integers is the faster one
 STRIDE = 16  # columns that the product of int8 reads at a time, whether they are there or not
+Compilable = TypeVar("Compilable", nn.Module, Callable)
 
 
 class HalfLinear(nn.Module):
@@ -311,7 +313,7 @@ def pack(model: GPT, dtype: str = "float16") -> GPT:
             raise ValueError(f"{path} is a {type(layer).__name__}: merge the model's adapters before packing it")
     model.float().eval().requires_grad_(False)
     model.layers = compiled(PackedLayers(model, dtype).eval())
-    model.lm_head = packed_layer(dtype, model.lm_head)
+    model.lm_head, model.draw = compiled(packed_layer(dtype, model.lm_head).eval()), compiled(draw)
     release_freed_memory()
     model.__class__ = PackedGPT
     with torch.inference_mode():
@@ -320,11 +322,11 @@ def pack(model: GPT, dtype: str = "float16") -> GPT:
     return model
 
 
-def compiled(module: nn.Module) -> nn.Module:
+def compiled(module: Compilable) -> Compilable:
     """As TorchScript, in a second or two. From Python 3.14 on PyTorch promises nothing of it, and the module stays as
     it is, as it does where PYTORCH_JIT=0 asks for that: the numbers are the same."""
     if sys.version_info >= (3, 14):
         return module
     with warnings.catch_warnings(action="ignore"):  # torch 2.13 has it, and means to drop it one day
         made = torch.jit.script(module)
-        return made if made is module else torch.jit.freeze(made)
+        return torch.jit.freeze(made) if isinstance(made, torch.jit.ScriptModule) else made

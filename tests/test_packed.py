@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import generation
 import packed
 from lora import LoRAConfig, apply_lora
 from model import GPT, GPTConfig
@@ -141,13 +142,14 @@ def test_int8_layers_can_be_of_any_width(width):
 @pytest.mark.parametrize("width", [packed.WIDE, 1000])
 def test_large_int8_layers_see_each_row_of_activations_in_16_bits(width):
     torch.manual_seed(0)
-    layer, x = nn.Linear(width, 6200), torch.randn(2, 3, width)
+    layer, x = nn.Linear(width, packed.MANY // width + 1), torch.randn(2, 3, width)
     x[0, 0], x[0, 1], x[1, 1, 5] = 0, x[0, 1] * 1e-3, 500.0
     made = packed.int8_linear(layer)
     assert type(made) is packed.WideInt8Linear
     assert type(packed.int8_linear(nn.Linear(width, 64))) is packed.Int8Linear
     scales = layer.weight.detach().double().abs().amax(dim=1, keepdim=True) / 127
-    weight = (layer.weight.detach() / scales.float()).round().double() * scales
+    weight = torch.ops.quantized.linear_unpack(made.packed)[0].int_repr() * scales
+    assert ((weight - layer.weight.detach()).abs() <= scales / 2 * 1.0001).all()
     exact = x.double() @ weight.t() + layer.bias.detach()
     step = x.abs().amax(dim=-1, keepdim=True).double() / 127 / 254
     worst = step / 2 * weight.abs().sum(dim=1) * 1.01 + 1e-5
@@ -197,9 +199,15 @@ def test_what_is_compiled_gives_what_python_gives(model, dtype, monkeypatch):
     monkeypatch.setattr(packed, "compiled", lambda module: module)
     plain = packed.pack(model, dtype)
     assert isinstance(made.layers, torch.jit.ScriptModule) and type(plain.layers) is packed.PackedLayers
-    for _ in range(3):  # it is compiled again for what it has met
+    assert isinstance(made.draw, torch.jit.ScriptFunction) and plain.draw is generation.draw
+    drawn = {"temperature": 0}, {"top_k": 9}, {"top_k": 60, "top_p": 0.9}, {"top_p": 0.5, "temperature": 0.8}, {}
+    for settings in drawn * 3:  # it is compiled again for what it has met
         assert torch.equal(made(idx, targets=idx)[1], plain(idx, targets=idx)[1])
-        tokens = [m.generate(idx, 45, temperature=0, attention_mask=mask) for m in (made, plain)]
+        seeds = (torch.Generator().manual_seed(1) for _ in range(2))
+        tokens = [
+            m.generate(idx, 45, attention_mask=mask, generator=seed, **settings)
+            for m, seed in zip((made, plain), seeds, strict=True)
+        ]
         assert torch.equal(*tokens)
 
 
