@@ -114,9 +114,10 @@ PIECE, PIECES = 1 << 29, 8  # 4 GiB; malloc would map a piece of 1 GiB outside t
 def use_huge_pages() -> None:
     """Have Linux, where glibc is in use, hold the next 4 GiB that are allocated in pages of 2 MiB, not 4 KiB.
 
-    A processor looks up every page that it reads, and weights are read from end to end at each token. So much is
-    allocated at the end of the heap, marked and freed untouched: malloc gives the same addresses out later, and until
-    then they take no memory. Where `ulimit` or the kernel counts addresses too, nothing is done.
+    A processor looks up every page that it reads: weights are read from end to end at each token, and products of a
+    training step go across the rows of large matrices, each in a page of its own. So much is allocated at the end of
+    the heap, marked and freed untouched: malloc gives the same addresses out later, and until then they take no memory.
+    Where `ulimit` or the kernel counts addresses too, nothing is done.
     """
     keep_freed_memory()
     with contextlib.suppress(ImportError, OSError, RuntimeError):  # not Linux, or no such addresses

@@ -8,7 +8,7 @@ of a large vocabulary vanish before a loss scale could lift them.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,10 +47,11 @@ _kept = threading.local()
 
 
 class Factor:
-    """A weight (V, C), as it is multiplied by."""
+    """Weights (V, C1), (V, C2), ... side by side in `dtype`, as one matrix (V, C) to multiply by."""
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype):
+        narrow = [weight.to(dtype) for weight in weights]
+        self.weight = torch.cat(narrow, dim=1) if len(narrow) > 1 else narrow[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """The products of x (n, C) and every row of the weight; (n, V) and some columns of anything."""
@@ -64,19 +65,23 @@ class Factor:
 
 
 class ReorderedFactor(Factor):
-    """The same, faster for many rows: oneDNN's kernels read a weight in an order of their own, into which each product
-    would bring it again. That takes it an eighth of its time."""
+    """The same, faster for many rows: it lies as (C, V) does, and for the way back in the order in which oneDNN's
+    kernels read a weight. Each product would bring it into that again, in an eighth of its time."""
 
     reordered: Tensor | None = None
 
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype):
+        V, widths = len(weights[0]), [weight.size(1) for weight in weights]
+        self.turned = weights[0].new_empty(sum(widths), _aligned(V), dtype=dtype)
+        self.turned[:, V:] = 0
+        self.weight = self.turned[:, :V].t()
+        for columns, weight in zip(self.weight.split(widths, dim=1), weights, strict=True):
+            for target, source in zip(columns.split(PIECE), weight.split(PIECE), strict=True):
+                target.copy_(source.to(dtype))
+
     def back(self, gradients: Tensor) -> Tensor:
         if self.reordered is None:
-            V, C = self.weight.shape
-            turned = self.weight.new_zeros(C, gradients.size(1))
-            for target, source in zip(turned[:, :V].split(PIECE, dim=1), self.weight.split(PIECE), strict=True):
-                target.copy_(source.t())
-            self.weight = turned[:, :V].t()  # which is a little faster to multiply by in the other direction too
-            self.reordered = _reordered(turned)
+            self.reordered = _reordered(self.turned)
         return _linear(gradients, self.reordered)
 
 
@@ -157,13 +162,16 @@ def forget_buffer() -> None:
 
 
 @contextmanager
-def unchanged_weights() -> Iterator[None]:
-    """As long as it lasts no weight changes; one that is wider than what it is multiplied by is cast once."""
-    _kept.factors = {}
+def unchanged_weights(frozen: dict | None = None) -> Iterator[None]:
+    """As long as it lasts no weight changes, and each is cast and brought into its order once. What was made of weights
+    without a gradient stays in `frozen`, for the next time."""
+    held = _kept.factors = {} if frozen is None else frozen
     try:
         yield
     finally:
         _kept.factors = None
+        for key in [key for key in held if any(weight.requires_grad for weight in key[0])]:
+            del held[key]
 
 
 def _factor(weights: tuple[Tensor, ...], x: Tensor) -> Factor:
@@ -173,9 +181,7 @@ def _factor(weights: tuple[Tensor, ...], x: Tensor) -> Factor:
     key = weights, x.dtype, reorder
     if held is not None and key in held:
         return held[key]
-    narrow = [weight.detach().to(x.dtype) for weight in weights]
-    narrow = torch.cat(narrow, dim=1) if len(narrow) > 1 else narrow[0]
-    factor = (ReorderedFactor if reorder else Factor)(narrow)
+    factor = (ReorderedFactor if reorder else Factor)([weight.detach() for weight in weights], x.dtype)
     if held is not None:
         held[key] = factor
     return factor

@@ -36,7 +36,7 @@ import lora
 from checkpoint import CheckpointManager
 from configurator import RunConfig
 from data.batches import BlockSampler, fixed_batches, sequences
-from device import autocast, keep_freed_memory, pick_compile, pick_device, pick_dtype
+from device import autocast, pick_compile, pick_device, pick_dtype, use_huge_pages
 from distributed import Ranks, is_lost_contact, leave
 from logbook import Logbook, duration, plot_loss, read_metrics
 from loss import unchanged_weights
@@ -112,6 +112,7 @@ class Trainer:
         if device.type == "cpu" and ranks.size == 1 and config.compile == "false":
             self.with_kept_gradient = self.raw_model.make_embedding_sparse()
         self._drop_gradients()
+        self.frozen = {}  # what the loss made of weights that never change
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.iter_num, self.samples_seen = 0, 0
         self.evaluated_at, self.saved_at = None, None  # iterations of the last evaluation and save
@@ -155,7 +156,7 @@ class Trainer:
         set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         first = self.samples_seen + self.ranks.reader * self.micro_steps * config.batch_size
-        with unchanged_weights():
+        with unchanged_weights(self.frozen):
             for micro in range(self.micro_steps):
                 x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
                 if self.shares:
@@ -378,8 +379,9 @@ def set_up(start: Start, ranks: Ranks) -> tuple[Trainer, list[str]]:
     What was chosen replaces `auto` in the configuration, the same on every rank, and is saved with the run: a resume
     on a machine that measures differently still computes the same.
     """
-    keep_freed_memory()
     device = pick_device(start.config.device, ranks.local)
+    if device.type == "cpu":
+        use_huge_pages()
     ranks.arrange(Mesh.parse(start.config.mesh_shape, ranks.size), device.type)
     dtype, why_dtype = ranks.agree(pick_dtype(start.config.dtype, device))
     compiled, why_compile = ranks.agree(pick_compile(start.config.compile, device))

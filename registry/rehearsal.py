@@ -191,12 +191,13 @@ def rehearse_step(
         with_kept_gradient = [] if cuda else model.make_embedding_sparse()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
+        frozen = {}
         with Ledger(model, batch_size * block_size) as ledger:
             for weight in with_kept_gradient:
                 weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
-                with loss.unchanged_weights():
+                with loss.unchanged_weights(frozen):
                     for _ in range(passes):
                         x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
                         with autocast(torch.device("cpu"), dtype):

@@ -122,6 +122,21 @@ def test_a_weight_is_cast_once_as_long_as_none_changes():
     assert gradient.dtype == torch.float32
 
 
+def test_what_was_made_of_a_frozen_weight_stays_and_nothing_else():
+    x, weight, targets = tensors(torch.float32)
+    low, fixed, frozen, met = x.detach().bfloat16(), weight.detach(), {}, []
+    extra = low[:, :4], weight[:, :4]
+    for _ in range(2):
+        with loss.unchanged_weights(frozen):
+            losses = [fused(low, fixed, targets), fused(low, weight, targets), fused(low, fixed, targets, extra=extra)]
+            assert len(frozen) == 3
+        met += [losses, *frozen.items()]
+        weight.data *= 2  # as training would
+    ((kept, _, _), first), ((again, _, _), second) = met[1], met[3]
+    assert first is second and kept[0] is again[0] is fixed and len(met) == 4
+    assert met[0][0] == met[2][0] and met[0][1] < met[2][1] and met[0][2] != met[2][2]
+
+
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("held", [1 << 26, 3 * 128])
 @pytest.mark.parametrize(

@@ -290,7 +290,8 @@ def test_the_heap_is_never_smaller_than_what_is_in_it():
 def test_buffers_are_counted_to_within_three_percent(run):
     _, measured = bench.in_fresh_process(run, kept=False)
     found = run.estimate()
-    strangers = 20e6  # Python's objects and what libraries keep for themselves
+    # Python's objects and what libraries keep for themselves; oneDNN's products of bfloat16 are 3 to 6 MB of code.
+    strangers = 25e6 if run.dtype == "bfloat16" else 20e6
     assert found.total - found["overhead"] + strangers == pytest.approx(measured, rel=0.03)
 
 
