@@ -72,6 +72,11 @@ CONTENDERS = {
 Step = Callable[[], tuple[float, float]]  # one optimizer step: loss before it, gradient norm
 
 
+def runs(contender: Contender, device: torch.device) -> bool:
+    """Whether it can run there: our weights of 8 bits are for processors that have their products."""
+    return contender.dtype != "int8" or contender.packages == LLAMA_CPP or packed.can_pack(device)
+
+
 def measure(name: str, config: RunConfig, lora: LoRAConfig, steps: int, new_tokens: int) -> dict[str, Any]:
     """One turn: what comes first, a warm-up, and then `steps` timed steps or texts.
 

@@ -174,6 +174,17 @@ def test_an_option_that_cannot_be_is_one_sentence(options, sentence, monkeypatch
     assert sentence in capsys.readouterr().err
 
 
+def test_what_cannot_run_on_a_device_is_left_out_there(monkeypatch, capsys):
+    there = [
+        name for name, contender in contenders.CONTENDERS.items() if contenders.runs(contender, torch.device("cuda"))
+    ]
+    assert there == [name for name in contenders.CONTENDERS if name != "ours-generate-int8"]
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")  # as on ARM
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--contenders=ours-generate-int8"])
+    assert speed.main() == 1
+    assert f"no contender 'ours-generate-int8'; there are {', '.join(there)}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "missing, gone",
     [(["transformers"], "transformers|peft"), (["transformers", "peft"], "transformers|peft"), (["peft"], "peft")],
