@@ -66,9 +66,8 @@ def _by_products(q: Tensor) -> bool:
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
     B, H, T, D = q.shape
-    unseen = q.new_full((T, T), -math.inf).triu(1)
-    k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    unseen = q.new_full((T, T), -math.inf).triu(1).repeat(H // k.size(1), 1)
+    q, k, v = (x.reshape(B * k.size(1), -1, D) for x in (q, k, v))  # heads that share keys are rows of one product
     weights = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)  # inside, in float32
     y = torch.bmm(F.dropout(weights, dropout), v)
     return y.view(B, H, T, D).transpose(1, 2).flatten(2)

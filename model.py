@@ -23,6 +23,7 @@ from architecture import ORIGINAL, GPTConfig
 from attention import attend, rope_frequencies, rotate, rotation_at, softcapped
 from generation import Generation
 from loss import linear_cross_entropy
+from norm import RMSNorm
 
 IGNORE_INDEX = -1  # targets with this value carry no loss; nanoGPT's choice
 
@@ -135,18 +136,10 @@ class Block(nn.Module):
 # ---- Llama's block
 
 
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019 (arXiv 1910.07467), computed in float32."""
-
-    def __init__(self, size: int, config: GPTConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if config.norm_plus_one else torch.ones(size))
-        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.plus_one:
-            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x)
+def as_products_take_it(x: Tensor) -> Tensor:
+    """What autocast would make of x for every product, made once for several."""
+    cast = torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if cast else x
 
 
 class LlamaAttention(nn.Module):
@@ -162,7 +155,7 @@ class LlamaAttention(nn.Module):
         self.config, self.layer = config, layer
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
-        heads = (*x.shape[:2], -1, self.config.D)
+        x, heads = as_products_take_it(x), (*x.shape[:2], -1, self.config.D)
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -184,6 +177,7 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_products_take_it(x)
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -27,7 +27,8 @@ from architecture import GPTConfig
 from attention import attend, rotate, rotation_at
 from device import pick_dtype, release_freed_memory
 from generation import draw
-from model import GPT, Block, KVCache, LlamaBlock, RMSNorm, append
+from model import GPT, Block, KVCache, LlamaBlock, append
+from norm import RMSNorm
 
 LARGEST = torch.finfo(torch.float16).max
 WIDE, MANY = 320, 3 << 20  # inputs and weights from which a product of integers is the faster one

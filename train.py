@@ -156,14 +156,15 @@ class Trainer:
         set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         first = self.samples_seen + self.ranks.reader * self.micro_steps * config.batch_size
-        with unchanged_weights(self.frozen):
+        # Weights that autocast casts it holds until it ends: so all micro-batches are under the same one.
+        with unchanged_weights(self.frozen), autocast(self.device, config.dtype):
             for micro in range(self.micro_steps):
                 x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
                 if self.shares:
                     self.raw_model.set_requires_gradient_sync(micro == self.micro_steps - 1)
-                with autocast(self.device, config.dtype):
-                    _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
-                self.scaler.scale(loss / self.micro_steps).backward()
+                _, loss = self.model(x.to(self.device), y.to(self.device), only_loss=True)
+                with autocast(self.device, "float32"):  # the way back has its dtypes from the way here
+                    self.scaler.scale(loss / self.micro_steps).backward()
                 total += loss.detach() / self.micro_steps
         loss = self.ranks.mean(total)
         self.scaler.unscale_(self.optimizer)

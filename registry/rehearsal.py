@@ -197,12 +197,12 @@ def rehearse_step(
                 weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
-                with loss.unchanged_weights(frozen):
+                with loss.unchanged_weights(frozen), autocast(torch.device("cpu"), dtype):
                     for _ in range(passes):
                         x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
-                        with autocast(torch.device("cpu"), dtype):
-                            _, value = model(x, y, only_loss=True)
-                        value.backward()
+                        _, value = model(x, y, only_loss=True)
+                        with autocast(torch.device("cpu"), "float32"):
+                            value.backward()
                 optimizer.step()
                 kept = [weight.grad for weight in with_kept_gradient]
                 for parameter in trained:

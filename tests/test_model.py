@@ -16,6 +16,7 @@ from architecture import PRESETS
 from generation import highest, sample
 from lora import LoRAConfig, apply_lora
 from model import GPT, IGNORE_INDEX, GPTConfig, KVCache, Pass, on_meta
+from norm import RMSNorm
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 24}
@@ -178,6 +179,52 @@ def test_a_cache_takes_several_tokens_at_a_time():
     for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
         logits, _ = model(part, cache=cache)
     torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
+
+
+NORMS = {"float32": (torch.float32,) * 2, "half": (torch.bfloat16,) * 2, "autocast": (torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norms_own_gradient_is_that_of_its_formula(kind, plus_one):
+    (dtype, of_weight), n = NORMS[kind], 24
+    torch.manual_seed(0)
+    norm = RMSNorm(n, GPTConfig(**TINY, block="llama", activation="silu", norm_plus_one=plus_one, norm_eps=1e-3))
+    norm.weight.data.add_(torch.randn(n))
+    norm.to(of_weight)
+    x = torch.randn(2, 7, 3, n, dtype=dtype).transpose(1, 2).requires_grad_()  # as heads lie
+    factor = torch.randn(2, 3, 7, n)
+
+    found = norm(x)
+    with torch.no_grad():
+        assert found.equal(norm(x)) and found.dtype == (dtype if plus_one else torch.promote_types(dtype, of_weight))
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    exact = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-3).rsqrt() * (weight + plus_one)
+    expected = torch.autograd.grad((exact * factor).sum(), (wide, weight))
+
+    gradients = torch.autograd.grad((found * factor).sum(), (x, norm.weight), retain_graph=True)
+    tolerance = 1e-6 if kind == "float32" else 0.01
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() < tolerance * b.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # what leads back under it is not rounded to its dtype
+        assert all(map(torch.equal, torch.autograd.grad((found * factor).sum(), (x, norm.weight)), gradients))
+    for wanted, gradient in zip((x, norm.weight), gradients, strict=True):  # of one alone, the other being frozen
+        norm.weight.requires_grad_(wanted is not x)
+        (alone,) = torch.autograd.grad((norm(x if wanted is x else x.detach()) * factor).sum(), wanted)
+        assert alone.equal(gradient)
+        norm.weight.requires_grad_()
+
+
+def test_under_autocast_what_several_products_read_is_cast_once():
+    model, read = tiny(block="llama", activation="silu"), {}
+    for name, layer in model.blocks[0].named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, given, name=name: read.update({name: given[0]}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(2, 16))
+    assert {x.dtype for x in read.values()} == {torch.bfloat16}
+    assert read["self_attn.q_proj"] is read["self_attn.k_proj"] is read["self_attn.v_proj"]
+    assert read["mlp.gate_proj"] is read["mlp.up_proj"]
 
 
 def test_sampling_draws_the_same_tokens_with_and_without_a_cache():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, TINY, command
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
 import train
@@ -459,6 +460,35 @@ def test_gradients_are_scaled_down_to_grad_clip_and_not_up(dataset, tmp_path, cl
     run.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in weights]).norm()))
     _, _, norm = run.step()
     assert 0.01 < norm < 100 and seen[0] == pytest.approx(min(norm, clip), rel=1e-4)
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is made of tensors of a shape in another dtype."""
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        cast = function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32
+        self.count += cast and args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_casts_each_weight_once(dataset, tmp_path):
+    settings = (*QUICK, "gradient_accumulation_steps=3", "dtype=bfloat16")
+    ours = trainer(dataset, tmp_path / "a", *settings)
+    with Casts(ours.raw_model.blocks[0].mlp.c_fc.weight.shape) as casts:
+        steps = [ours.step() for _ in range(2)]
+    assert casts.count == 2 * ours.config.n_layer
+    other = trainer(dataset, tmp_path / "b", *settings)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with Casts(casts.shape) as casts:
+            assert [other.step() for _ in range(2)] == steps
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    assert casts.count == 3 * 2 * ours.config.n_layer
 
 
 @pytest.mark.parametrize("preset", ["small", "modern"])
