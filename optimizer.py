@@ -1,13 +1,70 @@
 """What updates the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; and how fast."""
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configurator import RunConfig
 from model import GPT
+
+QUINTIC = 3.4445, -4.775, 2.0315  # of the Newton-Schulz iteration, as Muon's authors chose them
+ITERATIONS = 5
+AT_ONCE = 1 << 22  # numbers in the matrices that are made orthogonal together: small ones alone leave cores idle
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024), with steps of the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982, equation 4), so that rates and weight decay mean the same to both.
+
+    It is torch.optim.Muon, whose state it shares, but for two things: products are in `dtype`, which torch's has as
+    bfloat16 on every processor, also where that takes forty times as long as float32, and matrices of one shape are
+    multiplied together.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for shape, matrices in by_shape.items():
+                n = max(1, AT_ONCE // shape.numel())
+                for first in range(0, len(matrices), n):
+                    self._update(matrices[first : first + n], group)
+
+    def _update(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """Of one shape."""
+        rate, ahead = group["lr"], []
+        for matrix in matrices:
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+            ahead.append(matrix.grad.lerp(mean, group["momentum"]))  # Nesterov's
+        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        for matrix, update in zip(matrices, orthogonal(torch.stack(ahead), self.dtype), strict=True):
+            matrix.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate * size)
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices (n, out, in) with the same singular vectors and values about one: 0.7 to 1.2, which serves as well."""
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp_(min=1e-7)
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).to(dtype, memory_format=torch.contiguous_format)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Together:
@@ -40,8 +97,7 @@ class Together:
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer | Together:
     """AdamW, or with `optimizer=muon` Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay is for matrices only. Muon's updates (Jordan et al. 2024) are scaled to the size of AdamW's (Liu et al.
-    2025, arXiv 2502.16982, equation 4), so that rates and weight decay mean the same to both.
+    Weight decay is for matrices only.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = inner_matrices(model) if config.optimizer == "muon" else []
@@ -55,7 +111,8 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     if not inner:
         return adamw
     rate = config.filled().muon_learning_rate
-    muon = torch.optim.Muon(inner, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    muon = Muon(inner, rate, config.weight_decay, dtype)
     muon.param_groups[0]["relative"] = rate / config.learning_rate
     return Together(adamw, muon)
 

@@ -21,6 +21,7 @@ from conftest import QUICK, ROOT, TINY, command
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
+import optimizer
 import train
 from checkpoint import CheckpointManager
 from data.batches import BlockSampler, fixed_batches
@@ -491,9 +492,49 @@ def test_a_step_casts_each_weight_once(dataset, tmp_path):
     assert casts.count == 3 * 2 * ours.config.n_layer
 
 
+def newton_schulz(gradient: torch.Tensor) -> torch.Tensor:
+    x = gradient.double() / gradient.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - (4.775 * gram - 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_makes_matrices_orthogonal_as_torchs_does_and_in_float32_more_exactly(shape, dtype, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(optimizer, "AT_ONCE", 2 * math.prod(shape))  # so that three of a shape are two and one
+    matrices = [torch.nn.Parameter(torch.randn(size)) for size in (shape, shape, shape, (8, 8), shape)]
+    theirs, exact = copy.deepcopy(matrices), [matrix.detach().double() for matrix in matrices]
+    ours = optimizer.Muon(matrices, 0.1, 0.2, dtype)
+    torchs = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    means = [torch.zeros_like(matrix) for matrix in exact]
+    for _ in range(3):
+        for i, (a, b) in enumerate(zip(matrices[:-1], theirs, strict=False)):  # the last one has no gradient
+            a.grad = b.grad = torch.randn(a.shape)
+            means[i] = 0.95 * means[i] + 0.05 * a.grad
+            update = newton_schulz(0.05 * a.grad + 0.95 * means[i])
+            exact[i] = exact[i] * (1 - 0.1 * 0.2) - 0.1 * 0.2 * max(a.shape) ** 0.5 * update
+        ours.step()
+        torchs.step()
+    for a, b, c in zip(matrices, theirs, exact, strict=True):
+        assert (a - c).norm() < (1e-6 if dtype == torch.float32 else 0.01) * c.norm()
+        assert (a - b).norm() < 0.01 * c.norm()
+    before = copy.deepcopy(ours.state_dict()["state"])
+    optimizer.load_moments(ours, torchs.state_dict())  # what runs saved when it was torch's
+    torch.testing.assert_close(ours.state_dict()["state"], before)
+
+
+def test_an_orthogonal_matrix_has_singular_values_about_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(optimizer.orthogonal(torch.randn(3, 20, 30), torch.float32))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
 @pytest.mark.parametrize("preset", ["small", "modern"])
 def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(dataset, tmp_path, preset):
-    """Beside torch's two optimizers, each on its own weights."""
+    """Beside the two optimizers, each on its own weights."""
     rates = ("learning_rate=0.002", "muon_learning_rate=0.01", "warmup_iters=4")
     run = trainer(dataset, tmp_path / "x", f"preset={preset}", "optimizer=muon", "grad_clip=0", *rates)
     run._drop_gradients = lambda: None
@@ -508,7 +549,7 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest(dataset, tmp
         lr=0.002 / 4,
         betas=(0.9, 0.95),
     )
-    muon = torch.optim.Muon(list(inner.values()), lr=0.01 / 4, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = optimizer.Muon(list(inner.values()), 0.01 / 4, 0.1, torch.float32)
     _, rate, _ = run.step()
     assert rate == 0.002 / 4
     for parameter, own in zip(twin.parameters(), run.raw_model.parameters(), strict=True):
