@@ -288,6 +288,8 @@ def test_the_heap_is_never_smaller_than_what_is_in_it():
     ids=lambda run: run.name,
 )
 def test_buffers_are_counted_to_within_three_percent(run):
+    if run.dtype == "bfloat16" and not loss._has_fast_bfloat16():
+        pytest.skip("bfloat16 is emulated here, by which libraries hold less")
     _, measured = bench.in_fresh_process(run, kept=False)
     found = run.estimate()
     # Python's objects and what libraries keep for themselves; oneDNN's products of bfloat16 are 3 to 6 MB of code.
