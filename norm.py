@@ -1,7 +1,7 @@
 """The norm of Llama and its relatives, with a gradient of its own on processors.
 
-What PyTorch derives from the formula there are twenty operations on as many tensors of the activations' size, and they
-take longer than the products of a small block. Its layer norm has one kernel for them, which serves here too.
+What PyTorch derives there from the formula is some fifteen operations, each of which reads and writes all activations.
+Its layer norm has one kernel for them, which serves here too.
 """
 
 import torch
