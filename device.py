@@ -90,8 +90,9 @@ def pick_compile(setting: str, device: torch.device) -> tuple[bool, str]:
     return True, "as asked" if setting == "true" else "it works on this GPU"
 
 
-def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+def autocast(device: torch.device, dtype: str, hold: bool = True) -> contextlib.AbstractContextManager:
+    """PyTorch's; with `hold` it casts a weight once, and keeps that until it ends."""
+    return torch.autocast(device.type, DTYPES[dtype], dtype != "float32", cache_enabled=None if hold else False)
 
 
 def keep_freed_memory() -> None:

@@ -156,8 +156,8 @@ class Trainer:
         set_rate(self.optimizer, rate)
         total = torch.zeros((), device=self.device)
         first = self.samples_seen + self.ranks.reader * self.micro_steps * config.batch_size
-        # Weights that autocast casts it holds until it ends: so all micro-batches are under the same one.
-        with unchanged_weights(self.frozen), autocast(self.device, config.dtype):
+        # Weights are cast once for all micro-batches, but not gathered ones: fsdp takes those back behind each.
+        with unchanged_weights(self.frozen), autocast(self.device, config.dtype, hold=not self.shares):
             for micro in range(self.micro_steps):
                 x, y = self.sampler.batch(first + micro * config.batch_size, config.batch_size)
                 if self.shares:

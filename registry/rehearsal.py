@@ -197,7 +197,7 @@ def rehearse_step(
                 weight.grad = torch.zeros_like(weight)
             for passes in (1, min(micro_batches, 2)):
                 again = len(ledger.moves)
-                with loss.unchanged_weights(frozen), autocast(torch.device("cpu"), dtype):
+                with loss.unchanged_weights(frozen), autocast(torch.device("cpu"), dtype, hold=tp == 1):
                     for _ in range(passes):
                         x, y = torch.zeros(2, batch_size, block_size, dtype=torch.long)
                         _, value = model(x, y, only_loss=True)
